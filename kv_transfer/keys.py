@@ -1,0 +1,53 @@
+"""Owns identity keys: the namespace digest and the chained block hashes. Pure, torch-free.
+
+The hash unit is fixed at 16 tokens whatever the page size of a pool, so keys agree between workers of different layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+HASH_UNIT_TOKENS = 16
+HASH_BYTES = 32
+TOKEN_BYTES = 4  # int32, little-endian
+_UNIT_BYTES = HASH_UNIT_TOKENS * TOKEN_BYTES
+
+
+def identity_digest(fields: Iterable[tuple[str, str]]) -> bytes:
+    """SHA-256 over tagged fields: model, weights digest, logical KV dtype, heads, RoPE parameters, adapter.
+
+    Every field is length-prefixed with its tag, so that no two field lists share an encoding. Layout and page size are
+    representation and must not be passed. Returns 32 bytes.
+    """
+    digest = hashlib.sha256(b"pdserve-kv-identity-v1")
+    for tag, value in fields:
+        for part in (tag.encode(), value.encode()):
+            digest.update(len(part).to_bytes(4, "little"))
+            digest.update(part)
+    return digest.digest()
+
+
+def namespace_root(identity: bytes, tenant_salt: str = "") -> bytes:
+    """Parent of the first block: the identity digest, keyed by the tenant's salt where there is one. Returns 32 bytes."""
+    if not tenant_salt:
+        return identity
+    return hmac.new(tenant_salt.encode(), identity, hashlib.sha256).digest()
+
+
+def chain_hashes(parent: bytes, token_ids: bytes) -> bytes:
+    """Keys of the full hash units of `token_ids` (int32 little-endian): SHA-256(parent || tokens of the unit), chained.
+
+    Returns 32 bytes per full unit, concatenated; an incomplete last unit has no key. `parent` is `namespace_root(...)` for the
+    start of a prompt, or the key of the unit before.
+    """
+    view = memoryview(token_ids)
+    sha256 = hashlib.sha256
+    keys: list[bytes] = []
+    for start in range(0, len(view) - _UNIT_BYTES + 1, _UNIT_BYTES):
+        digest = sha256(parent)
+        digest.update(view[start : start + _UNIT_BYTES])
+        parent = digest.digest()
+        keys.append(parent)
+    return b"".join(keys)

@@ -1,0 +1,123 @@
+"""Owns the configuration tree of a cluster: one pydantic model, one YAML file, `--set a.b=c`. Validators reject, never repair.
+
+Secrets come from the environment only: PDSERVE_API_KEYS (comma-separated). docs/config.md is generated from this file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TransportName = Literal["auto", "ucx", "tcp", "inproc"]
+RoleName = Literal["prefill", "decode"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelConfig(Section):
+    path: str = Field(default="models/pdserve-tiny", description="Directory of a Hugging Face checkpoint, or a hub id.")
+    served_name: str = Field(default="", description="Name that clients use; empty = last part of the path.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Compute and KV dtype. auto = float32 on CPU, bfloat16 on CUDA."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = cuda where there is one.")
+    max_context_tokens: int = Field(default=0, ge=0, description="Context limit; 0 = the model's own.")
+
+
+class EngineConfig(Section):
+    block_tokens: int = Field(default=16, ge=16, le=256, multiple_of=16, description="Tokens of a KV block (page).")
+    kv_bytes: int = Field(default=256 * 2**20, ge=2**20, description="Size of the KV pool of one worker, in bytes.")
+    token_budget: int = Field(default=2048, ge=16, description="Tokens per step, decodes first, then prefill chunks.")
+    prefill_chunk: int = Field(default=512, ge=0, description="Largest chunk of one prompt per step; 0 = unchunked.")
+    max_running: int = Field(default=256, ge=1, description="Sequences decoding at once in one worker.")
+    decode_headroom: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Share of the pool kept back from reservations for running sequences' growth.",
+    )
+    prefix_reuse: bool = Field(default=True, description="Reuse KV of equal prefixes inside a worker.")
+    threads: int = Field(default=0, ge=0, description="Compute threads of one worker; 0 = cores divided by workers.")
+
+
+class TransferConfig(Section):
+    transport: TransportName = Field(default="auto", description="auto = ucx where ucxx imports, else tcp.")
+    profile: Literal["host", "tcp", "rdma"] = Field(
+        default="host", description="UCX settings: same host, TCP between hosts, or left to UCX (RDMA)."
+    )
+    lease_s: float = Field(default=10.0, gt=0, description="KV leases, renewed by their holder.")
+    heartbeat_s: float = Field(default=0.5, gt=0, description="Heartbeats on the hand-off's control session.")
+    heartbeat_misses: int = Field(default=3, ge=1, description="Missed heartbeats after which a peer counts as dead.")
+    max_message_bytes: int = Field(default=4 * 2**20, ge=4096, description="Largest KV message.")
+    max_in_flight: int = Field(default=16, ge=1, le=256, description="KV messages in flight per peer.")
+    connect_s: float = Field(default=5.0, gt=0, description="Deadline to connect to a peer.")
+
+
+class ControllerConfig(Section):
+    host: str = Field(default="127.0.0.1", description="Address of the HTTP API.")
+    port: int = Field(default=8000, ge=0, le=65535, description="HTTP port; 0 = a free one.")
+    grpc_port: int = Field(default=0, ge=0, le=65535, description="gRPC port; 0 = a free one.")
+    queue_limit: int = Field(default=1024, ge=0, description="Requests waiting for a worker; more are answered 429.")
+    queue_timeout_s: float = Field(default=60.0, gt=0, description="Longest wait in the queue, then 504.")
+    no_worker_grace_s: float = Field(default=3.0, ge=0, description="Wait for a worker to come back before 503.")
+    request_timeout_s: float = Field(default=600.0, gt=0, description="Deadline of a whole request.")
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="Larger bodies get 413 before parsing.")
+    max_choices: int = Field(default=16, ge=1, description="Largest n, and largest number of prompts in a list.")
+    placement: str = Field(default="least-loaded", description="Placement policy, by registered name.")
+    max_attempts: int = Field(default=5, ge=1, description="Dispatches of one request before it fails.")
+    decisions_kept: int = Field(default=1000, ge=1, description="Routing decisions and timelines kept for explain.")
+    sse_keepalive_s: float = Field(default=10.0, gt=0, description="SSE comment while no token comes.")
+    tokenizer_threads: int = Field(default=2, ge=1, description="Threads that tokenise prompts.")
+
+
+class WorkerConfig(Section):
+    host: str = Field(
+        default="127.0.0.1", description="Address that a worker's gRPC and KV endpoints bind and announce."
+    )
+    heartbeat_s: float = Field(default=0.5, gt=0, description="Membership heartbeat.")
+    heartbeat_misses: int = Field(default=3, ge=1, description="Missed heartbeats after which a worker counts as dead.")
+    orphan_s: float = Field(default=30.0, gt=0, description="How long a request lives on without its controller.")
+    orphan_buffer_bytes: int = Field(default=64 * 2**20, ge=2**16, description="Bound of one session's replay buffer.")
+    drain_s: float = Field(default=30.0, gt=0, description="Longest drain.")
+    engine_start_s: float = Field(default=120.0, gt=0, description="Deadline of an engine process's start.")
+
+
+class PoolConfig(Section):
+    prefill: int = Field(default=1, ge=0, le=512, description="Workers with the prefill role.")
+    decode: int = Field(default=1, ge=0, le=512, description="Workers with the decode role.")
+    both: int = Field(default=0, ge=0, le=512, description="Workers with both roles.")
+    restart_backoff_s: float = Field(default=0.5, gt=0, description="First delay before a dead process is restarted.")
+    restart_backoff_max_s: float = Field(default=10.0, gt=0, description="Largest delay; doubled at each early death.")
+
+
+class SecurityConfig(Section):
+    insecure: bool = Field(default=False, description="Allow other addresses than loopback without key and TLS.")
+    tls_cert: Path | None = Field(default=None, description="PEM certificate chain.")
+    tls_key: Path | None = Field(default=None, description="PEM private key.")
+    tls_ca: Path | None = Field(default=None, description="PEM CA of the other processes (mutual TLS).")
+
+
+class LogConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "text"] = "json"
+
+
+class ClusterConfig(Section):
+    """The whole tree. Every process reads it once, in its `__main__`."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    transfer: TransferConfig = TransferConfig()
+    controller: ControllerConfig = ControllerConfig()
+    worker: WorkerConfig = WorkerConfig()
+    pool: PoolConfig = PoolConfig()
+    security: SecurityConfig = SecurityConfig()
+    log: LogConfig = LogConfig()
+    controllers: tuple[str, ...] = Field(
+        default=(), description="gRPC addresses of the controllers that workers register with."
+    )
+    state_dir: Path = Field(default=Path(".pdserve"), description="Logs, pid files and cluster.json.")
