@@ -1,0 +1,70 @@
+# Two commands matter: `make up` and `make test`. `make help` lists the rest.
+SHELL := bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= -r requirements/torch.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+UP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+SERVE_STAMP := $(VENV)/.serve-ready
+DEV_STAMP := $(VENV)/.dev-ready
+
+.PHONY: help up down test test-fast check bench bench-peers gpu protos lock setup setup-dev
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(SERVE_STAMP): requirements/serve.txt requirements/torch.txt requirements/constraints.txt pyproject.toml
+	@echo "setting up $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) -c requirements/constraints.txt $(TORCH)
+	@$(PIP_INSTALL) -c requirements/constraints.txt -r requirements/serve.txt setuptools
+	@$(PIP_INSTALL) --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
+	@touch $@
+
+$(DEV_STAMP): $(SERVE_STAMP) requirements/dev.txt
+	@echo "setting up the tests' tools (once)"
+	@$(PIP_INSTALL) -c requirements/constraints.txt -r requirements/dev.txt
+	@touch $@
+
+setup: $(SERVE_STAMP)
+setup-dev: $(DEV_STAMP)
+
+up: setup  ## set up, start a cluster, answer a real request; leaves it running
+	@$(BIN)/pdserve up --detach $(UP_FLAGS)
+
+down:  ## end the cluster, nothing left over
+	@if [ -x $(BIN)/pdserve ]; then $(BIN)/pdserve down; else echo "nothing is set up here"; fi
+
+test: setup-dev  ## set up, run all tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-fast: setup-dev  ## the tests without real clusters and large loads, under a minute
+	$(BIN)/python -m pytest -m 'not slow' -n 4 $(PYTEST_FLAGS)
+
+check: setup-dev  ## lint, types, layers, protos, generated files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+	PYTHON=$(BIN)/python tools/check_generated.sh
+
+bench: setup-dev  ## our benchmarks; JSON under benchmarks/results/
+	$(BIN)/python -m benchmarks --full
+
+bench-peers: setup-dev  ## against named peers in one run
+	$(BIN)/python -m benchmarks --peers
+
+gpu:  ## correctness and benchmarks on CUDA, with the python and torch of that machine
+	$(PYTHON) -m benchmarks.cuda
+
+protos: setup-dev  ## write the Python stubs of protos/
+	PYTHON=$(BIN)/python tools/protos.sh
+
+lock: setup-dev  ## write requirements/constraints.txt from this environment
+	$(BIN)/python -m pip freeze --exclude-editable --exclude pdserve --exclude torch | sed 's/+cpu$$//' > requirements/constraints.txt
+	cat requirements/torch.txt | grep -v '^#' >> requirements/constraints.txt
