@@ -66,5 +66,5 @@ protos: setup-dev  ## write the Python stubs of protos/
 	PYTHON=$(BIN)/python tools/protos.sh
 
 lock: setup-dev  ## write requirements/constraints.txt from this environment
-	$(BIN)/python -m pip freeze --exclude-editable --exclude pdserve --exclude torch | sed 's/+cpu$$//' > requirements/constraints.txt
+	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pdserve --exclude torch --exclude pip --exclude uv | sed 's/+cpu$$//' > requirements/constraints.txt
 	cat requirements/torch.txt | grep -v '^#' >> requirements/constraints.txt
