@@ -22,7 +22,8 @@ $(SERVE_STAMP): requirements/serve.txt requirements/torch.txt requirements/const
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) -c requirements/constraints.txt $(TORCH)
 	@$(PIP_INSTALL) -c requirements/constraints.txt -r requirements/serve.txt setuptools
-	@$(PIP_INSTALL) --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
+	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@$(BIN)/python tools/link_servers.py
 	@touch $@
 
 $(DEV_STAMP): $(SERVE_STAMP) requirements/dev.txt
