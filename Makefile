@@ -68,4 +68,3 @@ protos: setup-dev  ## write the Python stubs of protos/
 
 lock: setup-dev  ## write requirements/constraints.txt from this environment
 	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pdserve --exclude torch --exclude pip --exclude uv | sed 's/+cpu$$//' > requirements/constraints.txt
-	cat requirements/torch.txt | grep -v '^#' >> requirements/constraints.txt

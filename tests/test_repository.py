@@ -1,0 +1,35 @@
+"""Documents that must agree with the code."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_picture_of_the_architecture_is_the_import_contract() -> None:
+    contract = configparser.ConfigParser()
+    contract.read(ROOT / ".importlinter")
+    layers = contract["importlinter:contract:layers"]["layers"].split("\n")
+    block = re.search(r"```\n(simulator.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    assert block is not None
+    assert block[1].strip().split("\n") == [line.strip() for line in layers if line.strip()]
+
+
+def test_torch_is_pinned_once() -> None:
+    pins = [
+        f"{path.name}: {line}"
+        for path in (ROOT / "requirements").iterdir()
+        for line in path.read_text().splitlines()
+        if re.match(r"torch[=<>]", line)
+    ]
+    assert len(pins) == 1, pins
+
+
+def test_no_unsafe_loader_is_used() -> None:
+    pattern = re.compile(r"\bpickle\b|torch\.load\(|yaml\.load\(|trust_remote_code")
+    sources = [path for path in ROOT.glob("*/**/*.py") if ".venv" not in path.parts and path.parts[-2] != "tests"]
+    offenders = [str(path) for path in sources if path != Path(__file__) and pattern.search(path.read_text())]
+    assert offenders == []
