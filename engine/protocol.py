@@ -288,6 +288,16 @@ EVENTS: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 ENCODER = msgspec.msgpack.Encoder()
 
 
+class DispatchFault(Exception):
+    """An error of `Engine.step` that one dispatch caused and that leaves the engine sound: the loop answers WorkFailed with
+    `reason` (of pdserve.errors), cancels the dispatch and goes on. Every other exception of `step` ends the engine process."""
+
+    def __init__(self, dispatch: Dispatch, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.dispatch = dispatch
+        self.reason = reason
+
+
 class EventSink(Protocol):
     """Where an engine puts its events. `emit` never blocks for long; `flush` pushes what was buffered."""
 
