@@ -1,0 +1,1 @@
+"""Modelled workers: a test and benchmark tool, never a product path."""

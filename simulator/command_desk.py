@@ -1,0 +1,271 @@
+"""Owns the dispatches of a modelled engine: takes commands, moves each dispatch through its phases, frees its blocks.
+
+A dispatch's blocks go back to the pool only when nobody can touch them any more: request and writer at a destination, request
+and source lease at a source (`simulator.dispatch_state` draws the phases).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import assert_never
+
+from engine.protocol import (
+    Activate,
+    Cancel,
+    ClearPrefixCache,
+    Command,
+    Dispatch,
+    EventSink,
+    Freed,
+    PrefillDone,
+    ReleaseSource,
+    ReserveBlocks,
+    Reserved,
+    ReserveRefused,
+    SetPolicy,
+    Started,
+    Stop,
+    Submit,
+    Work,
+    WorkFailed,
+    WriterDone,
+)
+from pdserve.errors import Cancelled, NoCapacity, PdserveError
+from simulator.block_pool import PoolExhausted
+from simulator.block_tables import BlockTables
+from simulator.dispatch_state import DispatchState, Phase, Sequence
+from simulator.refusals import Tombstones, refusal
+from simulator.step_tokens import StepColumns, prompt_logprobs
+from simulator.token_draw import Vocabulary, stream_key
+
+TOMBSTONE_S = 20.0  # twice the KV lease
+
+
+class CommandDesk:
+    def __init__(
+        self,
+        tables: BlockTables,
+        vocabulary: Vocabulary,
+        max_context_tokens: int,
+        policy: SetPolicy,
+        sink: EventSink,
+        clock: Callable[[], float],
+    ) -> None:
+        self.states: dict[Dispatch, DispatchState] = {}
+        self.policy = policy
+        self._tables = tables
+        self._vocabulary = vocabulary
+        self._max_context_tokens = max_context_tokens
+        self._sink = sink
+        self._clock = clock
+        self._tombstones = Tombstones(TOMBSTONE_S)
+
+    def in_phase(self, phase: Phase) -> list[DispatchState]:
+        return [state for state in self.states.values() if state.phase == phase]
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Everything that decodes, oldest dispatch first."""
+        for state in self.states.values():
+            yield from state.sequences.values()
+
+    def handle(self, command: Command) -> None:
+        match command:
+            case Submit():
+                self._submit(command)
+            case ReserveBlocks():
+                self._reserve(command)
+            case Activate():
+                self._activate(command)
+            case Cancel():
+                self._cancel(command)
+            case WriterDone() | ReleaseSource():
+                self._peer_done(command.dispatch)
+            case SetPolicy():
+                self.policy = command
+            case ClearPrefixCache():
+                self._tables.clear_cached()
+            case Stop():
+                pass
+            case _:
+                assert_never(command)
+
+    # ---- what a step does to a dispatch
+
+    def start(self, state: DispatchState, cached_tokens: int) -> None:
+        """`state` was admitted with a table for its whole prompt."""
+        assert state.table is not None
+        state.phase = "prefilling"
+        state.started_s = self._clock()
+        queue_us = int((state.started_s - state.submitted_s) * 1e6)
+        self._sink.emit(Started(state.work.dispatch, tuple(state.table.blocks), cached_tokens, queue_us))
+
+    def prefilled(self, state: DispatchState, columns: StepColumns) -> None:
+        """The prompt's KV is complete: draws the first token of every choice and forks those that go on."""
+        assert state.table is not None
+        work = state.work
+        if work.sampling.prompt_logprobs is not None:
+            self._sink.emit(prompt_logprobs(work, self._vocabulary))
+        for choice in sorted(state.choices):
+            key = stream_key(work, choice)
+            token_id, finish = columns.draw(work, choice, key, state.first_index, state.token_count)
+            if finish:
+                state.choices.discard(choice)
+            else:
+                self._fork(state, choice, key, token_id)
+        state.phase = "decoding"
+
+    def after_first_tokens(self, state: DispatchState) -> None:
+        """What follows the first tokens: the end of a prefill, or decoding in private tables."""
+        assert state.table is not None
+        if state.mode == "prefill":
+            going_on = tuple((choice, sequence.token_id) for choice, sequence in state.sequences.items())
+            compute_us = int((self._clock() - state.started_s) * 1e6)
+            for choice in list(state.sequences):
+                self.end_choice(state, choice)
+            state.phase = "source"
+            self._sink.emit(PrefillDone(state.work.dispatch, going_on, compute_us))
+            self._settle_blocks(state)
+            return
+        self._close_own_table(state)
+        self.settle(state.work.dispatch)
+
+    def end_choice(self, state: DispatchState, choice: int) -> None:
+        state.choices.discard(choice)
+        sequence = state.sequences.pop(choice, None)
+        if sequence is not None:
+            self._tables.close(sequence.table)
+
+    def fail_choice(self, state: DispatchState, choice: int, error: PdserveError) -> None:
+        self.end_choice(state, choice)
+        self._sink.emit(WorkFailed(state.work.dispatch, (choice,), error.reason, str(error)))
+
+    def settle(self, dispatch: Dispatch) -> None:
+        """Forgets `dispatch` if nothing of it is left."""
+        state = self.states.get(dispatch)
+        if state is not None and state.phase == "decoding" and not state.sequences and state.table is None:
+            del self.states[dispatch]
+            self._sink.emit(Freed(dispatch))
+
+    # ---- commands
+
+    def _submit(self, command: Submit) -> None:
+        work = command.work
+        if work.dispatch in self.states:
+            return  # a duplicate message has no effect
+        error = self._refusal(work)
+        if error is not None:
+            self._sink.emit(WorkFailed(work.dispatch, (), error.reason, str(error)))
+            return
+        self.states[work.dispatch] = DispatchState(work, command.mode, "waiting", set(work.choices), self._clock())
+
+    def _reserve(self, command: ReserveBlocks) -> None:
+        work = command.work
+        if work.dispatch in self.states:
+            return
+        state = DispatchState(work, "reserve", "reserved", set(work.choices), self._clock())
+        error = self._refusal(work) or self._open_reserved(state)
+        if error is not None:
+            self._sink.emit(ReserveRefused(work.dispatch, error.reason, str(error)))
+            return
+        assert state.table is not None
+        blocks = tuple(state.table.blocks)
+        generations = tuple(self._tables.pool.generation(block) for block in blocks)
+        self.states[work.dispatch] = state
+        self._sink.emit(Reserved(work.dispatch, blocks, generations, state.table.token_count))
+
+    def _activate(self, command: Activate) -> None:
+        state = self.states.get(command.dispatch)
+        if state is None or state.phase not in ("reserved", "ending"):
+            return  # cancelled and freed before, or a duplicate
+        state.peer_done = True
+        if state.phase == "ending":
+            self._settle_blocks(state)
+            return
+        assert state.table is not None
+        state.phase = "decoding"
+        start = state.table.token_count * 4
+        if self._tables.adopt(state.table, state.work.token_ids[start:]):
+            for choice, token_id in command.first_tokens:
+                if choice in state.choices:
+                    self._fork(state, choice, stream_key(state.work, choice), token_id)
+        else:
+            message = "The KV that was handed over is not that of the prompt."
+            self._sink.emit(WorkFailed(command.dispatch, (), "kv_corrupt", message))
+        state.choices.intersection_update(state.sequences)
+        self._close_own_table(state)
+        self.settle(command.dispatch)
+
+    def _cancel(self, command: Cancel) -> None:
+        state = self.states.get(command.dispatch)
+        if state is None:
+            self._tombstones.bury(command.dispatch, self._clock())
+            return
+        for choice in command.choices or tuple(state.choices):
+            self.end_choice(state, choice)
+        if state.choices:
+            return
+        self._tombstones.bury(command.dispatch, self._clock())
+        match state.phase:
+            case "waiting":
+                self._forget(state)
+            case "prefilling":
+                # A sender may be reading what was announced, until it says ReleaseSource.
+                state.phase = "source"
+                state.peer_done |= not state.announced_blocks
+                self._settle_blocks(state)
+            case "reserved":
+                state.phase = "ending"
+                self._settle_blocks(state)
+            case "decoding":
+                self.settle(command.dispatch)
+            case "source" | "ending":
+                pass
+            case _:
+                assert_never(state.phase)
+
+    def _peer_done(self, dispatch: Dispatch) -> None:
+        """No peer writes to, or reads from, the blocks of `dispatch` any more."""
+        state = self.states.get(dispatch)
+        if state is not None:
+            state.peer_done = True
+            self._settle_blocks(state)
+
+    # ---- parts
+
+    def _refusal(self, work: Work) -> PdserveError | None:
+        if self._tombstones.covers(work.dispatch, self._clock()):
+            return Cancelled("The dispatch was cancelled before it arrived.")
+        return refusal(work, self._max_context_tokens, self._tables)
+
+    def _open_reserved(self, state: DispatchState) -> PdserveError | None:
+        """All blocks, with the head-room of running sequences left over, or none."""
+        pool, headroom = self._tables.pool, self.policy.decode_headroom_blocks
+        try:
+            state.table = self._tables.open(state.work, state.token_count)
+        except PoolExhausted as error:
+            return NoCapacity(f"The KV pool is exhausted: {error}.")
+        if pool.available >= headroom:
+            return None
+        self._close_own_table(state)
+        return NoCapacity(f"Only {pool.available} KV blocks would be left of a head-room of {headroom}.")
+
+    def _fork(self, state: DispatchState, choice: int, key: bytes, token_id: int) -> None:
+        assert state.table is not None
+        table = self._tables.fork(state.table)
+        state.sequences[choice] = Sequence(state.work.dispatch, choice, table, key, token_id, state.first_index + 1)
+
+    def _close_own_table(self, state: DispatchState) -> None:
+        assert state.table is not None
+        self._tables.close(state.table)
+        state.table = None
+
+    def _settle_blocks(self, state: DispatchState) -> None:
+        """Frees the blocks of an ended dispatch once its peer is done with them too."""
+        if state.peer_done and state.phase in ("source", "ending"):
+            self._forget(state)
+
+    def _forget(self, state: DispatchState) -> None:
+        if state.table is not None:
+            self._close_own_table(state)
+        del self.states[state.work.dispatch]
+        self._sink.emit(Freed(state.work.dispatch))
