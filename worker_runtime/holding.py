@@ -1,0 +1,57 @@
+"""Owns what a worker may take on: the roles that it holds now, and whether it drains. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pdserve.errors import InvalidRequest, NoCapacity
+from pdserve.v1 import types_pb2
+
+RoleName = Literal["prefill", "decode"]
+
+_PROTO: dict[RoleName, types_pb2.Role.ValueType] = {"prefill": types_pb2.ROLE_PREFILL, "decode": types_pb2.ROLE_DECODE}
+_NAMES: dict[types_pb2.Role.ValueType, RoleName] = {number: name for name, number in _PROTO.items()}
+
+
+class Holding:
+    def __init__(self, roles: Iterable[RoleName]) -> None:
+        self._roles = frozenset(roles)
+        self._draining = False
+
+    @property
+    def roles(self) -> frozenset[RoleName]:
+        return self._roles
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def set_roles(self, roles: Iterable[RoleName]) -> None:
+        self._roles = frozenset(roles)
+
+    def drain(self) -> None:
+        """There is no way back: a drained worker ends."""
+        self._draining = True
+
+    def refusal(self, role: RoleName | None) -> NoCapacity | None:
+        """Why work of `role` (None: of any role) is not taken; the controller tries another worker."""
+        if self._draining:
+            return NoCapacity("This worker is draining.")
+        if role is not None and role not in self._roles:
+            return NoCapacity(f"This worker does not hold the role {role}.")
+        return None
+
+    def to_proto(self) -> list[types_pb2.Role.ValueType]:
+        return [_PROTO[role] for role in sorted(self._roles)]
+
+
+def roles_from_proto(roles: Iterable[types_pb2.Role.ValueType]) -> frozenset[RoleName]:
+    """Raises InvalidRequest where a role is unknown or none is left."""
+    try:
+        names = frozenset(_NAMES[role] for role in roles)
+    except KeyError as error:
+        raise InvalidRequest(f"Role {error} is unknown to this worker.", param="roles") from error
+    if not names:
+        raise InvalidRequest("A worker holds at least one role.", param="roles")
+    return names

@@ -1,0 +1,210 @@
+"""Owns the sessions with the controllers: per controller the replay buffer and the stream that is open now, if any.
+
+  attach            stream lost              orphan_s later
+----------> OPEN --------------> ORPHANED ------------------> gone, its dispatches are cancelled
+               ^                    |
+               +--- same controller_id opens again: replays what was not acknowledged
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from pdserve.errors import Overloaded, PdserveError, Unavailable
+from pdserve.v1 import worker_pb2
+from worker_runtime.kv_index import KvIndex
+from worker_runtime.replay import ReplayBuffer, ReplayOverflow
+
+KV_BYTES_HELD = 2**20  # of one stream's KV events; beyond it the controller gets a snapshot instead
+DEVICE_TIER = "device"
+
+
+@dataclass(slots=True)
+class ControllerSession:
+    controller_id: str
+    replay: ReplayBuffer[worker_pb2.SessionResponse]
+    stream: SessionStream | None = None
+    orphan_deadline: float = 0.0  # where no stream is open
+    next_kv_sequence: int = 1
+    overflowed: bool = False
+
+
+@dataclass(slots=True)
+class SessionStream:
+    """One open gRPC stream of a session. `drain` gives what is to be written; `wake` says that there is something."""
+
+    session: ControllerSession
+    cursor: int  # last sequence that was written to this stream
+    load_due: bool = True
+    kv_snapshot_due: bool = True
+    kv_events: deque[worker_pb2.KvEvent] = field(default_factory=deque)
+    kv_bytes: int = 0
+    error: PdserveError | None = None
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def wait(self) -> None:
+        await self._wake.wait()
+        self._wake.clear()
+
+    def fail(self, error: PdserveError) -> None:
+        self.error = self.error or error
+        self._wake.set()
+
+    def add_kv_event(self, event: worker_pb2.KvEvent) -> None:
+        """Events that pile up while the controller reads nothing give way to a snapshot."""
+        if self.kv_snapshot_due:
+            return
+        self.kv_events.append(event)
+        self.kv_bytes += len(event.block_hashes)
+        if self.kv_bytes > KV_BYTES_HELD:
+            self.kv_snapshot_due = True
+            self.kv_events.clear()
+        self._wake.set()
+
+
+class SessionHub:
+    """All sessions of a worker. Not reentrant: nothing here calls back into what reports to it."""
+
+    def __init__(
+        self,
+        orphan_s: float,
+        buffer_bytes: int,
+        index: KvIndex,
+        load: Callable[[], worker_pb2.LoadReport],
+        clock: Callable[[], float],
+    ) -> None:
+        self._orphan_s = orphan_s
+        self._buffer_bytes = buffer_bytes
+        self._index = index
+        self._load = load
+        self._clock = clock
+        self._sessions: dict[str, ControllerSession] = {}
+        self._changed = asyncio.Event()
+
+    def is_open(self, controller_id: str) -> bool:
+        session = self._sessions.get(controller_id)
+        return session is not None and session.stream is not None
+
+    def attach(self, controller_id: str) -> SessionStream:
+        """Opens a stream of that controller; one that was open is ended. Everything unacknowledged will be replayed."""
+        session = self._sessions.get(controller_id)
+        if session is None:
+            session = ControllerSession(controller_id, ReplayBuffer(self._buffer_bytes))
+            self._sessions[controller_id] = session
+        if session.stream is not None:
+            session.stream.fail(Unavailable("The controller opened another session; this one is ended."))
+        session.stream = SessionStream(session, cursor=session.replay.acknowledged)
+        session.stream.wake()
+        self._signal()
+        return session.stream
+
+    def detach(self, stream: SessionStream) -> None:
+        session = stream.session
+        if session.stream is stream:
+            session.stream = None
+            session.orphan_deadline = self._clock() + self._orphan_s
+            self._signal()
+
+    async def changed(self) -> None:
+        """Returns when a session was opened or lost."""
+        await self._changed.wait()
+
+    def report(self, controller_id: str, response: worker_pb2.SessionResponse) -> int:
+        """Queues an event that must not be lost. Returns its sequence; 0 where nobody will ever read it."""
+        session = self._sessions.get(controller_id)
+        if session is None or session.overflowed:
+            return 0
+        response.sequence = session.replay.next_sequence
+        try:
+            sequence = session.replay.append(response, response.ByteSize())
+        except ReplayOverflow as overflow:
+            session.overflowed = True  # `expired` ends it: its dispatches cannot be told any more
+            if session.stream is not None:
+                session.stream.fail(Overloaded(str(overflow)))
+            return 0
+        if session.stream is not None:
+            session.stream.wake()
+        return sequence
+
+    def acknowledge(self, controller_id: str, sequence: int) -> None:
+        session = self._sessions.get(controller_id)
+        if session is not None:
+            session.replay.acknowledge(sequence)
+
+    def heartbeat(self) -> None:
+        for stream in self._streams():
+            stream.load_due = True
+            stream.wake()
+
+    def kv_stored(self, block_hashes: bytes) -> None:
+        self._index.stored(block_hashes)
+        self._kv_event(worker_pb2.KvEvent.KIND_STORED, block_hashes)
+
+    def kv_evicted(self, block_hashes: bytes) -> None:
+        self._index.evicted(block_hashes)
+        self._kv_event(worker_pb2.KvEvent.KIND_EVICTED, block_hashes)
+
+    def drain(self, stream: SessionStream) -> Iterator[worker_pb2.SessionResponse]:
+        """What is to be written to `stream` now, oldest first."""
+        replay = stream.session.replay
+        while (entry := replay.after(stream.cursor)) is not None:
+            stream.cursor = entry.sequence
+            yield entry.item
+        if stream.load_due:
+            stream.load_due = False
+            yield worker_pb2.SessionResponse(load=self._load())
+        if stream.kv_snapshot_due:
+            stream.kv_snapshot_due = False
+            stream.kv_events.clear()
+            stream.kv_bytes = 0
+            yield from (self._kv_message(stream, [event]) for event in self._kv_snapshot())
+        if stream.kv_events:
+            events = list(stream.kv_events)
+            stream.kv_events.clear()
+            stream.kv_bytes = 0
+            yield self._kv_message(stream, events)
+
+    def expired(self) -> list[str]:
+        """Removes the sessions whose time without a stream, or whose buffer, ran out; their dispatches must be cancelled."""
+        now = self._clock()
+        gone = [
+            name
+            for name, session in self._sessions.items()
+            if session.overflowed or (session.stream is None and session.orphan_deadline <= now)
+        ]
+        for name in gone:
+            del self._sessions[name]
+        return gone
+
+    def all_acknowledged(self) -> bool:
+        """True if no open stream lacks an event."""
+        return all(not stream.session.replay.size_bytes for stream in self._streams())
+
+    def _streams(self) -> list[SessionStream]:
+        return [session.stream for session in self._sessions.values() if session.stream is not None]
+
+    def _signal(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _kv_event(self, kind: worker_pb2.KvEvent.Kind.ValueType, block_hashes: bytes) -> None:
+        event = worker_pb2.KvEvent(kind=kind, block_hashes=block_hashes, tier=DEVICE_TIER)
+        for stream in self._streams():
+            stream.add_kv_event(event)
+
+    def _kv_snapshot(self) -> Iterator[worker_pb2.KvEvent]:
+        yield worker_pb2.KvEvent(kind=worker_pb2.KvEvent.KIND_CLEARED, tier=DEVICE_TIER)
+        for block_hashes in self._index.snapshot():
+            yield worker_pb2.KvEvent(kind=worker_pb2.KvEvent.KIND_STORED, block_hashes=block_hashes, tier=DEVICE_TIER)
+
+    def _kv_message(self, stream: SessionStream, events: list[worker_pb2.KvEvent]) -> worker_pb2.SessionResponse:
+        """Numbers are contiguous per controller and incarnation; a message that begins with CLEARED starts afresh."""
+        first = stream.session.next_kv_sequence
+        stream.session.next_kv_sequence += len(events)
+        return worker_pb2.SessionResponse(kv=worker_pb2.KvEvents(first_sequence=first, events=events))
