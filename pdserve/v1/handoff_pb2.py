@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdserve.v1 import types_pb2 as pdserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pdserve/v1/handoff.proto\x12\npdserve.v1\x1a\x16pdserve/v1/types.proto\"\xdd\x01\n\x0eHandoffRequest\x12\"\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x11.pdserve.v1.BeginH\x00\x12&\n\x07segment\x18\x02 \x01(\x0b\x32\x13.pdserve.v1.SegmentH\x00\x12$\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.CommitH\x00\x12\"\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x11.pdserve.v1.AbortH\x00\x12*\n\theartbeat\x18\x05 \x01(\x0b\x32\x15.pdserve.v1.HeartbeatH\x00\x42\t\n\x07message\"\xe4\x01\n\x05\x42\x65gin\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12(\n\x08\x64ispatch\x18\x02 \x01(\x0b\x32\x16.pdserve.v1.DispatchId\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x11\n\ttransport\x18\x05 \x01(\t\x12(\n\x08identity\x18\x06 \x01(\x0b\x32\x16.pdserve.v1.KvIdentity\x12\'\n\x06layout\x18\x07 \x03(\x0b\x32\x17.pdserve.v1.LayoutGroup\x12\x13\n\x0btoken_count\x18\x08 \x01(\r\"r\n\x07Segment\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_count\x18\x04 \x01(\r\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x11\n\tchecksums\x18\x06 \x03(\x0c\"a\n\x06\x43ommit\x12\x15\n\rsegment_count\x18\x01 \x01(\r\x12\x12\n\nbyte_count\x18\x02 \x01(\x04\x12,\n\x0c\x66irst_tokens\x18\x03 \x03(\x0b\x32\x16.pdserve.v1.FirstToken\".\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\x05\"(\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x0b\n\tHeartbeat\"\xa1\x02\n\x0fHandoffResponse\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.pdserve.v1.AcceptedH\x00\x12*\n\tactivated\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.ActivatedH\x00\x12&\n\x07refused\x18\x03 \x01(\x0b\x32\x13.pdserve.v1.RefusedH\x00\x12*\n\theartbeat\x18\x04 \x01(\x0b\x32\x15.pdserve.v1.HeartbeatH\x00\x12(\n\x08released\x18\x05 \x01(\x0b\x32\x14.pdserve.v1.ReleasedH\x00\x12/\n\x0csegment_done\x18\x06 \x01(\x0b\x32\x17.pdserve.v1.SegmentDoneH\x00\x42\t\n\x07message\"\x1c\n\x08\x41\x63\x63\x65pted\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\"\x1a\n\x0bSegmentDone\x12\x0b\n\x03tag\x18\x01 \x01(\x04\"\x0b\n\tActivated\"\n\n\x08Released\"*\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t2X\n\x0eHandoffService\x12\x46\n\x07Handoff\x12\x1a.pdserve.v1.HandoffRequest\x1a\x1b.pdserve.v1.HandoffResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18pdserve/v1/handoff.proto\x12\npdserve.v1\x1a\x16pdserve/v1/types.proto\"\xdd\x01\n\x0eHandoffRequest\x12\"\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x11.pdserve.v1.BeginH\x00\x12&\n\x07segment\x18\x02 \x01(\x0b\x32\x13.pdserve.v1.SegmentH\x00\x12$\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.CommitH\x00\x12\"\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x11.pdserve.v1.AbortH\x00\x12*\n\theartbeat\x18\x05 \x01(\x0b\x32\x15.pdserve.v1.HeartbeatH\x00\x42\t\n\x07message\"\xf8\x01\n\x05\x42\x65gin\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12(\n\x08\x64ispatch\x18\x02 \x01(\x0b\x32\x16.pdserve.v1.DispatchId\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x11\n\ttransport\x18\x05 \x01(\t\x12(\n\x08identity\x18\x06 \x01(\x0b\x32\x16.pdserve.v1.KvIdentity\x12\'\n\x06layout\x18\x07 \x03(\x0b\x32\x17.pdserve.v1.LayoutGroup\x12\x13\n\x0btoken_count\x18\x08 \x01(\r\x12\x12\n\nconnection\x18\t \x01(\x0c\"r\n\x07Segment\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_count\x18\x04 \x01(\r\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x11\n\tchecksums\x18\x06 \x03(\x0c\"a\n\x06\x43ommit\x12\x15\n\rsegment_count\x18\x01 \x01(\r\x12\x12\n\nbyte_count\x18\x02 \x01(\x04\x12,\n\x0c\x66irst_tokens\x18\x03 \x03(\x0b\x32\x16.pdserve.v1.FirstToken\".\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\x05\"(\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x0b\n\tHeartbeat\"\xa1\x02\n\x0fHandoffResponse\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.pdserve.v1.AcceptedH\x00\x12*\n\tactivated\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.ActivatedH\x00\x12&\n\x07refused\x18\x03 \x01(\x0b\x32\x13.pdserve.v1.RefusedH\x00\x12*\n\theartbeat\x18\x04 \x01(\x0b\x32\x15.pdserve.v1.HeartbeatH\x00\x12(\n\x08released\x18\x05 \x01(\x0b\x32\x14.pdserve.v1.ReleasedH\x00\x12/\n\x0csegment_done\x18\x06 \x01(\x0b\x32\x17.pdserve.v1.SegmentDoneH\x00\x42\t\n\x07message\"*\n\x08\x41\x63\x63\x65pted\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12\x0c\n\x04runs\x18\x02 \x03(\r\"\x1a\n\x0bSegmentDone\x12\x0b\n\x03tag\x18\x01 \x01(\x04\"\x0b\n\tActivated\"\n\n\x08Released\"*\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t2X\n\x0eHandoffService\x12\x46\n\x07Handoff\x12\x1a.pdserve.v1.HandoffRequest\x1a\x1b.pdserve.v1.HandoffResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,29 +35,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOFFREQUEST']._serialized_start=65
   _globals['_HANDOFFREQUEST']._serialized_end=286
   _globals['_BEGIN']._serialized_start=289
-  _globals['_BEGIN']._serialized_end=517
-  _globals['_SEGMENT']._serialized_start=519
-  _globals['_SEGMENT']._serialized_end=633
-  _globals['_COMMIT']._serialized_start=635
-  _globals['_COMMIT']._serialized_end=732
-  _globals['_FIRSTTOKEN']._serialized_start=734
-  _globals['_FIRSTTOKEN']._serialized_end=780
-  _globals['_ABORT']._serialized_start=782
-  _globals['_ABORT']._serialized_end=822
-  _globals['_HEARTBEAT']._serialized_start=824
-  _globals['_HEARTBEAT']._serialized_end=835
-  _globals['_HANDOFFRESPONSE']._serialized_start=838
-  _globals['_HANDOFFRESPONSE']._serialized_end=1127
-  _globals['_ACCEPTED']._serialized_start=1129
-  _globals['_ACCEPTED']._serialized_end=1157
-  _globals['_SEGMENTDONE']._serialized_start=1159
-  _globals['_SEGMENTDONE']._serialized_end=1185
-  _globals['_ACTIVATED']._serialized_start=1187
-  _globals['_ACTIVATED']._serialized_end=1198
-  _globals['_RELEASED']._serialized_start=1200
-  _globals['_RELEASED']._serialized_end=1210
-  _globals['_REFUSED']._serialized_start=1212
-  _globals['_REFUSED']._serialized_end=1254
-  _globals['_HANDOFFSERVICE']._serialized_start=1256
-  _globals['_HANDOFFSERVICE']._serialized_end=1344
+  _globals['_BEGIN']._serialized_end=537
+  _globals['_SEGMENT']._serialized_start=539
+  _globals['_SEGMENT']._serialized_end=653
+  _globals['_COMMIT']._serialized_start=655
+  _globals['_COMMIT']._serialized_end=752
+  _globals['_FIRSTTOKEN']._serialized_start=754
+  _globals['_FIRSTTOKEN']._serialized_end=800
+  _globals['_ABORT']._serialized_start=802
+  _globals['_ABORT']._serialized_end=842
+  _globals['_HEARTBEAT']._serialized_start=844
+  _globals['_HEARTBEAT']._serialized_end=855
+  _globals['_HANDOFFRESPONSE']._serialized_start=858
+  _globals['_HANDOFFRESPONSE']._serialized_end=1147
+  _globals['_ACCEPTED']._serialized_start=1149
+  _globals['_ACCEPTED']._serialized_end=1191
+  _globals['_SEGMENTDONE']._serialized_start=1193
+  _globals['_SEGMENTDONE']._serialized_end=1219
+  _globals['_ACTIVATED']._serialized_start=1221
+  _globals['_ACTIVATED']._serialized_end=1232
+  _globals['_RELEASED']._serialized_start=1234
+  _globals['_RELEASED']._serialized_end=1244
+  _globals['_REFUSED']._serialized_start=1246
+  _globals['_REFUSED']._serialized_end=1288
+  _globals['_HANDOFFSERVICE']._serialized_start=1290
+  _globals['_HANDOFFSERVICE']._serialized_end=1378
 # @@protoc_insertion_point(module_scope)

@@ -71,6 +71,7 @@ class Begin(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    CONNECTION_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     incarnation: _builtins.int
     """of the sender"""
@@ -78,6 +79,8 @@ class Begin(_message.Message):
     transport: _builtins.str
     token_count: _builtins.int
     """KV of so many tokens will be sent, cached ones included"""
+    connection: _builtins.bytes
+    """16-byte hello of the data connection that will carry the KV messages"""
     @_builtins.property
     def dispatch(self) -> _types_pb2.DispatchId: ...
     @_builtins.property
@@ -95,10 +98,11 @@ class Begin(_message.Message):
         identity: _types_pb2.KvIdentity | None = ...,
         layout: _abc.Iterable[_types_pb2.LayoutGroup] | None = ...,
         token_count: _builtins.int = ...,
+        connection: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch", "identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch", "identity", b"identity", "incarnation", b"incarnation", "layout", b"layout", "ticket", b"ticket", "token_count", b"token_count", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connection", b"connection", "dispatch", b"dispatch", "identity", b"identity", "incarnation", b"incarnation", "layout", b"layout", "ticket", b"ticket", "token_count", b"token_count", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -284,15 +288,21 @@ class Accepted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
     lease_ms: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """lengths of the ranges of adjacent destination blocks, in block order: no segment crosses a boundary"""
+
     def __init__(
         self,
         *,
         lease_ms: _builtins.int = ...,
+        runs: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,374 @@
+"""Owns one outgoing hand-off: begin, announce and send segments as blocks become ready, commit, release the source."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kv_transfer.background import BackgroundTasks
+from kv_transfer.checksums import block_checksums
+from kv_transfer.control_session import ControlSession
+from kv_transfer.layout import KvIdentity, TransferPlan, check_identity, groups_from_proto, plan_transfer
+from kv_transfer.leases import DispatchKey
+from kv_transfer.liveness import BEATS_PER_HEARTBEAT, Liveness
+from kv_transfer.peers import PeerLink, Peers
+from kv_transfer.segments import Coverage, PendingSpans, Span, SpanCutter, runs_of
+from kv_transfer.side import KvSide
+from kv_transfer.source_lease import (
+    CloseConnection,
+    Delivered,
+    Failed,
+    PeerHeard,
+    ReleaseBlocks,
+    SendsSettled,
+    SourceEvent,
+    SourceHeld,
+    SourceReleased,
+    SourceState,
+    SourceTick,
+    StopSending,
+    source_deadline_s,
+    step_source,
+)
+from pdserve.errors import InternalError, PdserveError, TransferFailed, error_from_reason
+from pdserve.v1 import handoff_pb2, types_pb2, worker_pb2
+from service_kit.config import TransferConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffOrder:
+    """What the controller asked for: send the KV of `token_count` tokens to the holder of `grant`."""
+
+    dispatch: DispatchKey
+    grant: worker_pb2.Grant
+    decode_address: str  # gRPC, host:port
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffOutcome:
+    """How it ended; the source blocks may be reused. exposed_us: from `finish` to activation."""
+
+    dispatch: DispatchKey
+    transport: str
+    bytes: int
+    segments: int
+    transfer_us: int  # first byte to last
+    exposed_us: int
+    error: PdserveError | None  # None: activated, or given back by `abort(None)`
+    activated: bool
+
+
+class Handoff:
+    """Methods are called on the event loop and never wait; the end is `await outcome()`."""
+
+    def __init__(self, order: HandoffOrder, side: KvSide, peers: Peers, config: TransferConfig) -> None:
+        self._order = order
+        self._side = side
+        self._peers = peers
+        self._config = config
+        loop = asyncio.get_running_loop()
+        grace_s = config.heartbeat_s * 2
+        self._lease: SourceState = SourceHeld(time.monotonic() + config.lease_s, config.lease_s, grace_s)
+        self._grace_s = grace_s
+        self._liveness = Liveness(config.heartbeat_misses)
+        self._accepted: asyncio.Future[handoff_pb2.Accepted] = loop.create_future()
+        self._stopped = asyncio.Event()  # StopSending was commanded
+        self._outcome: asyncio.Future[HandoffOutcome] = loop.create_future()
+        self._wake = asyncio.Event()  # news for the pusher
+        self._pending = PendingSpans()
+        self._source_blocks: tuple[int, ...] = ()
+        self._commit: list[handoff_pb2.FirstToken] | None = None
+        self._link: PeerLink | None = None
+        self._session: ControlSession | None = None
+        self._aborting = False
+        self._activated = False
+        self._tasks = BackgroundTasks()
+        self._sends: set[asyncio.Task[None]] = set()
+        self._credits: dict[int, float] = {}  # tag -> when it was announced, until SegmentDone
+        self._segments = 0
+        self._bytes = 0
+        self._first_send_s = self._last_done_s = self._finish_s = self._end_s = 0.0
+        self._plan: TransferPlan | None = None
+
+    # ---- what the worker says
+
+    def source_blocks(self, block_ids: Sequence[int]) -> None:
+        """The request's block table here; known when the engine starts it. All of the prompt's blocks at once."""
+        self._source_blocks = tuple(block_ids)
+        self._wake.set()
+
+    def kv_ready(self, layer: int, first_block: int, block_count: int) -> None:
+        """Blocks (ordinals in the block table) of `layer` are final: they are sent as soon as the window allows."""
+        self._pending.add(Span(layer, first_block, block_count))
+        self._wake.set()
+
+    def finish(self, first_tokens: Sequence[tuple[int, int]]) -> None:
+        """All KV was announced; (choice, token id) of the choices that go on. Commits after the last segment."""
+        self._commit = [handoff_pb2.FirstToken(choice=choice, token_id=token) for choice, token in first_tokens]
+        self._finish_s = time.monotonic()
+        self._wake.set()
+
+    def abort(self, error: PdserveError | None) -> None:
+        """Ends the hand-off. None: there is nothing to hand off (the first token ended the request)."""
+        if isinstance(self._lease, SourceHeld):
+            self._aborting = True
+            self._apply(Failed(error))
+
+    async def outcome(self) -> HandoffOutcome:
+        """Waits for the end: bounded by the lease once the peer is silent. May be awaited by several."""
+        return await asyncio.shield(self._outcome)
+
+    # ---- the task
+
+    async def run(self) -> HandoffOutcome:
+        """From connect to release. Never raises a PdserveError: it is in the outcome."""
+        try:
+            self._tasks.spawn(self._drive(), "handoff-drive")
+            self._tasks.spawn(self._beat(), "handoff-beat")
+            await self._stopped.wait()
+            self._end_s = time.monotonic()
+            await self._settle()
+            await self._part()
+        finally:
+            await self._tasks.close()
+            if self._session is not None:
+                await self._session.close()
+            self._return_credits()
+            if not self._outcome.done():
+                self._outcome.set_result(self._describe())
+        return self._outcome.result()
+
+    async def _drive(self) -> None:
+        try:
+            plan = self._check_grant()
+            self._link = await self._peers.link(self._order.grant.endpoint)
+            if self._stopped.is_set():
+                return
+            accepted = await self._begin(self._link)
+            await self._push(plan, accepted, self._link)
+        except PdserveError as error:
+            self._apply(Failed(error))
+
+    def _check_grant(self) -> TransferPlan:
+        grant = self._order.grant
+        check_identity(self._side.identity, KvIdentity.from_proto(grant.identity))
+        self._plan = plan_transfer(self._side.groups, groups_from_proto(grant.layout))
+        return self._plan
+
+    async def _begin(self, link: PeerLink) -> handoff_pb2.Accepted:
+        grant = self._order.grant
+        session = ControlSession(self._peers.channel(self._order.decode_address), self._on_answer, self._on_lost)
+        self._session = session
+        begin = handoff_pb2.Begin(
+            ticket=grant.ticket,
+            dispatch=types_pb2.DispatchId(
+                request_key=self._order.dispatch.request_key, attempt=self._order.dispatch.attempt
+            ),
+            incarnation=self._side.incarnation,
+            worker_id=self._side.worker_id,
+            transport=grant.endpoint.transport,
+            identity=self._side.identity.to_proto(),
+            layout=[group.to_proto() for group in self._side.groups],
+            token_count=self._order.token_count,
+            connection=link.hello,
+        )
+        session.put(handoff_pb2.HandoffRequest(begin=begin))
+        try:
+            async with asyncio.timeout(self._config.connect_s):
+                return await self._accepted
+        except TimeoutError:
+            raise TransferFailed(
+                f"The decode worker at {self._order.decode_address} did not answer Begin in {self._config.connect_s} s."
+            ) from None
+
+    async def _push(self, plan: TransferPlan, accepted: handoff_pb2.Accepted, link: PeerLink) -> None:
+        blocks = plan.blocks_for(self._order.token_count)
+        first_block = plan.cached_blocks(self._order.grant.cached_tokens)
+        coverage = Coverage(plan.layers, first_block, blocks)
+        while not self._source_blocks:
+            await self._news()
+        cutter = SpanCutter(
+            runs_of(self._source_blocks[:blocks]),
+            list(accepted.runs),
+            max(1, self._config.max_message_bytes // plan.block_bytes),
+        )
+        while self._commit is None or self._pending:
+            if not self._pending:
+                await self._news()
+                continue
+            span = _without_cached(self._pending.pop(), first_block)
+            if span is None:
+                continue
+            if (problem := coverage.problem(span)) is not None:
+                raise InternalError(f"KV of {self._order.dispatch} announced wrongly: {problem}.")
+            coverage.add(span)
+            for piece in cutter.cut(span):
+                await link.window.acquire()
+                self._send(piece, plan, link)
+        if not coverage.complete:
+            raise InternalError(f"{coverage.missing} KV blocks of {self._order.dispatch} were never announced.")
+        self._put(
+            handoff_pb2.HandoffRequest(
+                commit=handoff_pb2.Commit(
+                    segment_count=self._segments, byte_count=self._bytes, first_tokens=self._commit
+                )
+            )
+        )
+
+    async def _news(self) -> None:
+        self._wake.clear()
+        await self._wake.wait()
+
+    def _send(self, span: Span, plan: TransferPlan, link: PeerLink) -> None:
+        """Announces and starts one message; the caller holds a slot of the window, SegmentDone gives it back."""
+        first_id = self._source_blocks[span.first_block]
+        data = self._side.arena.blocks(span.layer, first_id, span.block_count)
+        tag = self._order.grant.first_tag + self._segments
+        self._segments += 1
+        self._bytes += len(data)
+        now_s = time.monotonic()
+        self._first_send_s = self._first_send_s or now_s
+        self._credits[tag] = now_s
+        segment = handoff_pb2.Segment(
+            tag=tag,
+            layer=span.layer,
+            first_block=span.first_block,
+            block_count=span.block_count,
+            length=len(data),
+            checksums=block_checksums(data, plan.block_bytes),
+        )
+        self._put(handoff_pb2.HandoffRequest(segment=segment))
+        task = asyncio.create_task(self._transmit(link, tag, data))
+        self._sends.add(task)
+        task.add_done_callback(self._sends.discard)
+
+    async def _transmit(self, link: PeerLink, tag: int, data: memoryview) -> None:
+        try:
+            await link.connection.send(tag, data)
+        except TransferFailed as error:
+            self._apply(Failed(error))
+
+    # ---- what the peer says
+
+    def _on_answer(self, answer: handoff_pb2.HandoffResponse) -> None:
+        self._liveness.heard()
+        self._apply(PeerHeard())
+        match answer.WhichOneof("message"):
+            case "accepted":
+                if not self._accepted.done():
+                    self._accepted.set_result(answer.accepted)
+            case "segment_done":
+                self._on_segment_done(answer.segment_done.tag)
+            case "activated":
+                self._activated = isinstance(self._lease, SourceHeld)
+                self._apply(Delivered())
+            case "refused":
+                self._apply(Failed(error_from_reason(answer.refused.reason, answer.refused.message)))
+            case "heartbeat" | "released" | None:
+                pass
+
+    def _on_segment_done(self, tag: int) -> None:
+        if self._credits.pop(tag, None) is not None and self._link is not None:
+            self._last_done_s = time.monotonic()
+            self._link.window.release()
+
+    def _on_lost(self, error: PdserveError) -> None:
+        self._apply(Failed(error))
+
+    async def _beat(self) -> None:
+        """Heartbeats out, silence in, and the lease's clock."""
+        while True:
+            await asyncio.sleep(self._config.heartbeat_s / BEATS_PER_HEARTBEAT)
+            if self._accepted.done():
+                self._put(handoff_pb2.HandoffRequest(heartbeat=handoff_pb2.Heartbeat()))
+                if not self._liveness.beat():
+                    self._apply(Failed(TransferFailed("The decode worker is silent: no heartbeat.")))
+            elif self._session is None:
+                # Not begun: the connect has its own deadline, the lease is not the peer's to renew yet.
+                self._apply(PeerHeard())
+            self._check_stall()
+            self._apply(SourceTick())
+
+    def _check_stall(self) -> None:
+        oldest_s = min(self._credits.values(), default=None)
+        if oldest_s is not None and time.monotonic() - max(oldest_s, self._last_done_s) > self._config.lease_s:
+            self._apply(Failed(TransferFailed(f"No KV message was confirmed for {self._config.lease_s:g} s.")))
+
+    # ---- the end
+
+    def _apply(self, event: SourceEvent) -> None:
+        self._lease, commands = step_source(self._lease, event, time.monotonic())
+        for command in commands:
+            match command:
+                case StopSending():
+                    self._stopped.set()
+                case CloseConnection():
+                    if self._link is not None:
+                        self._tasks.spawn(self._link.connection.close(), "handoff-close-link")
+                case ReleaseBlocks():
+                    pass  # `run` goes on to the outcome
+
+    async def _settle(self) -> None:
+        """Until no send reads the blocks: they end by themselves, or by the close of the connection."""
+        while self._sends:
+            deadline_s = source_deadline_s(self._lease)
+            assert deadline_s is not None
+            await asyncio.wait(self._sends, timeout=max(0.0, deadline_s - time.monotonic()))
+            if self._sends:
+                self._apply(SourceTick())
+        self._apply(SendsSettled())
+
+    async def _part(self) -> None:
+        """Says FIN and waits for the peer's last word; a peer that gives none loses the connection."""
+        session = self._session
+        if session is None or session.ended.is_set():
+            return
+        if self._aborting:
+            error = self._lease.error if isinstance(self._lease, SourceReleased) else None
+            reason, message = (error.reason, error.message) if error is not None else ("", "")
+            self._put(handoff_pb2.HandoffRequest(abort=handoff_pb2.Abort(reason=reason, message=message)))
+        session.half_close()
+        try:
+            async with asyncio.timeout(self._grace_s):
+                await session.ended.wait()
+        except TimeoutError:
+            if self._link is not None and not self._activated:
+                await self._link.connection.close()
+
+    def _put(self, request: handoff_pb2.HandoffRequest) -> None:
+        if self._session is not None:
+            self._session.put(request)
+
+    def _return_credits(self) -> None:
+        if self._link is not None:
+            for _ in self._credits:
+                self._link.window.release()
+        self._credits.clear()
+
+    def _describe(self) -> HandoffOutcome:
+        error = (
+            self._lease.error if isinstance(self._lease, SourceReleased) else TransferFailed("The sender was closed.")
+        )
+        return HandoffOutcome(
+            dispatch=self._order.dispatch,
+            transport=self._order.grant.endpoint.transport,
+            bytes=self._bytes,
+            segments=self._segments,
+            transfer_us=_microseconds(self._first_send_s, self._last_done_s),
+            exposed_us=_microseconds(self._finish_s, self._end_s) if self._activated else 0,
+            error=error,
+            activated=self._activated,
+        )
+
+
+def _without_cached(span: Span, first_block: int) -> Span | None:
+    """`span` without the blocks that lie at the destination already."""
+    start = max(span.first_block, first_block)
+    return Span(span.layer, start, span.end_block - start) if start < span.end_block else None
+
+
+def _microseconds(start_s: float, end_s: float) -> int:
+    return max(0, round((end_s - start_s) * 1e6)) if start_s else 0

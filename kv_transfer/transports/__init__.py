@@ -1,0 +1,31 @@
+"""Owns the choice of a transport by name. Importing it loads no transport's library."""
+
+from __future__ import annotations
+
+from kv_transfer.transport import Transport
+from pdserve.errors import ConfigInvalid
+from service_kit.config import TransferConfig
+
+
+def open_transport(name: str, config: TransferConfig, host: str) -> Transport:
+    """The transport `name` ("ucx", "tcp", "inproc"; "auto" is resolved) for peers that reach this process at `host`."""
+    match resolve(name, config.profile):
+        case "tcp":
+            from kv_transfer.transports.tcp import TcpTransport
+
+            return TcpTransport(host, post_s=config.connect_s, hello_s=config.connect_s)
+        case "inproc":
+            from kv_transfer.transports.inproc import InprocTransport
+
+            return InprocTransport()
+        case unknown:
+            raise ConfigInvalid(f"transfer.transport: unknown transport {unknown!r}; known are auto, ucx, tcp, inproc.")
+
+
+def resolve(name: str, profile: str = "host") -> str:
+    """Turns "auto" into "ucx" where its binding imports, else "tcp"; other names stay as they are."""
+    if name != "auto":
+        return name
+    from kv_transfer.transports import ucx
+
+    return "ucx" if ucx.is_available(profile) else "tcp"
