@@ -58,6 +58,7 @@ class GenerationRequest:
     timeout_s: float | None = None
     route: Route | None = None
     next_index: tuple[int, ...] = ()  # resume: per choice, the first output index that the caller lacks
+    linger_s: float = 0.0  # how long the request lives on without a reader, so that a lost caller can resume
 
     @property
     def prompt_tokens(self) -> int:
