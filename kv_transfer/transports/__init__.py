@@ -10,6 +10,11 @@ from service_kit.config import TransferConfig
 def open_transport(name: str, config: TransferConfig, host: str) -> Transport:
     """The transport `name` ("ucx", "tcp", "inproc"; "auto" is resolved) for peers that reach this process at `host`."""
     match resolve(name, config.profile):
+        case "ucx":
+            from kv_transfer.transports.ucx import UcxTransport, is_available
+
+            is_available(config.profile)  # the import takes a second: now, not at the first hand-off
+            return UcxTransport(host, config.profile, hello_s=config.connect_s)
         case "tcp":
             from kv_transfer.transports.tcp import TcpTransport
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class Rig:
 async def open_rig(
     sending: Transport,
     receiving: Transport,
-    geometry: Geometry = Geometry(),  # noqa: B008 (frozen)
+    geometry: Geometry = Geometry(),
     config: TransferConfig = TransferConfig(),  # noqa: B008 (frozen)
 ) -> AsyncIterator[Rig]:
     source, target = make_side("p0", geometry), make_side("d0", geometry, incarnation=2)
@@ -139,9 +140,10 @@ async def open_rig(
 
 async def eventually(condition: Callable[[], bool], deadline_s: float = 5.0) -> None:
     """Waits for a condition that no event announces."""
-    async with asyncio.timeout(deadline_s):
-        while not condition():
-            await asyncio.sleep(0.005)
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, "the condition did not come true in time"
+        await asyncio.sleep(0.005)
 
 
 async def within(awaitable: Awaitable[object], deadline_s: float) -> None:
