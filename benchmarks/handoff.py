@@ -41,7 +41,7 @@ from engine.protocol import (
     WorkFailed,
 )
 from kv_transfer.arena import Arena
-from kv_transfer.handoff import HandoffOutcome
+from kv_transfer.handoff import Handoff, HandoffOutcome
 from kv_transfer.keys import chain_hashes
 from worker_runtime.engine_link import EngineLink
 
@@ -151,13 +151,10 @@ class PrefillRun:
         work = self._work(tokens)
         start_s = time.perf_counter()
         self._link.send(Submit(work, "prefill"))
-        async for event in self._events:
-            if isinstance(event, PrefillDone):
-                break
-            _refuse_failure(event)
+        done = await self._until_done([])
         elapsed_s = time.perf_counter() - start_s
         self._release(work)
-        return Prefilled(elapsed_s, event.compute_us / 1e6, None)
+        return Prefilled(elapsed_s, done.compute_us / 1e6, None)
 
     async def handed_off(self, tokens: int, transport: str, *, layer_wise: bool) -> Prefilled:
         work = self._work(tokens)
@@ -165,35 +162,41 @@ class PrefillRun:
         held: list[KvReady] = []
         start_s = time.perf_counter()
         self._link.send(Submit(work, "prefill"))
-        async for event in self._events:
-            if isinstance(event, Started):
-                handoff.source_blocks(event.blocks)
-            elif isinstance(event, KvReady) and layer_wise:
-                handoff.kv_ready(event.layer, event.first_block, event.block_count)
-            elif isinstance(event, KvReady):
-                held.append(event)
-            elif isinstance(event, PrefillDone):
-                break
-            _refuse_failure(event)
+        done = await self._until_done(held, handoff, layer_wise=layer_wise)
         elapsed_s = time.perf_counter() - start_s
         for ready in held:
             handoff.kv_ready(ready.layer, ready.first_block, ready.block_count)
-        handoff.finish(event.going_on)
+        handoff.finish(done.going_on)
         await self._source.ended()
         outcome = await handoff.outcome()
         self._release(work)
         if outcome.error is not None:
             raise outcome.error
-        return Prefilled(elapsed_s, event.compute_us / 1e6, outcome)
+        return Prefilled(elapsed_s, done.compute_us / 1e6, outcome)
+
+    async def _until_done(
+        self, held: list[KvReady], handoff: Handoff | None = None, *, layer_wise: bool = False
+    ) -> PrefillDone:
+        """Follows one prompt; KV that is not told to `handoff` at once goes to `held`."""
+        async for event in self._events:
+            match event:
+                case Started() if handoff is not None:
+                    handoff.source_blocks(event.blocks)
+                case KvReady() if handoff is not None and layer_wise:
+                    handoff.kv_ready(event.layer, event.first_block, event.block_count)
+                case KvReady():
+                    held.append(event)
+                case PrefillDone():
+                    return event
+                case WorkFailed():
+                    raise RuntimeError(f"{event.reason}: {event.message}")
+                case _:
+                    pass
+        raise RuntimeError("the engine's events ended")
 
     def _release(self, work: Work) -> None:
         self._link.send(ReleaseSource(work.dispatch))
         self._link.send(ClearPrefixCache())
-
-
-def _refuse_failure(event: object) -> None:
-    if isinstance(event, WorkFailed):
-        raise RuntimeError(f"{event.reason}: {event.message}")
 
 
 async def overlap_part(run: PrefillRun, transports: Sequence[str], rounds: int) -> list[Measurement]:
