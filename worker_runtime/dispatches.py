@@ -115,6 +115,10 @@ class DispatchTable:
             if record.final_sequence is not None and record.final_sequence <= sequence:
                 self.bury(record.work.dispatch, now)
 
+    def forget(self, dispatch: Dispatch) -> None:
+        """As if it had never come."""
+        self._records.pop(dispatch, None)
+
     def bury(self, dispatch: Dispatch, now: float) -> None:
         """Forgets it; commands that arrive late find the tombstone."""
         self._records.pop(dispatch, None)
@@ -139,11 +143,23 @@ def record_step(table: DispatchTable, event: StepTokens) -> dict[str, list[int]]
         if record is None or choice is None or choice.finish != UNFINISHED:
             continue
         choice.token_ids.append(event.token_ids[column])
-        if event.logprobs:
-            choice.logprobs.append(event.logprobs[column])
+        choice.logprobs.append(event.logprobs[column] if event.logprobs else None)
         choice.finish = event.finish[column]
         columns.setdefault(record.owner, []).append(column)
     return columns
+
+
+def record_first_tokens(record: DispatchRecord, first_tokens: Sequence[tuple[int, int]]) -> None:
+    """Enters the tokens that a prefill worker drew; choices that are not listed ended with theirs."""
+    going_on = dict(first_tokens)
+    for number, choice in record.choices.items():
+        if choice.finish != UNFINISHED:
+            continue
+        if number in going_on:
+            choice.token_ids.append(going_on[number])
+            choice.logprobs.append(None)
+        else:
+            choice.finish = CANCELLED
 
 
 def cancel_choices(record: DispatchRecord, choices: Sequence[int]) -> tuple[int, ...]:

@@ -63,12 +63,11 @@ class DispatchReports:
         self._tell(dispatch, self._reserve_result(dispatch, worker_pb2.ReserveResult(granted=grant)))
 
     def refused(self, controller_id: str, dispatch: Dispatch, error: PdserveError) -> None:
-        """The answer to a Reserve that has no record, or whose record goes with it."""
+        """The answer to a Reserve that has no record, or whose record goes with it: the same dispatch may be asked again."""
         refusal = worker_pb2.Refusal(reason=error.reason, message=error.message)
-        sequence = self._hub.report(
-            controller_id, self._reserve_result(dispatch, worker_pb2.ReserveResult(refused=refusal))
-        )
-        self._table.settle(dispatch, sequence)
+        result = self._reserve_result(dispatch, worker_pb2.ReserveResult(refused=refusal))
+        self._hub.report(controller_id, result)
+        self._table.forget(dispatch)
 
     def handoff(self, dispatch: Dispatch, stage: worker_pb2.HandoffStage.ValueType, figures: HandoffFigures) -> int:
         return self._tell(

@@ -1,0 +1,148 @@
+"""Owns the entry point of a worker: `python -m worker --config FILE --id p0 --roles prefill,decode [--set a.b=c]`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import uvloop
+
+from decode_worker.service import DecodeService
+from pdserve.errors import ConfigInvalid, PdserveError
+from prefill_worker.service import PrefillService
+from service_kit.config_file import load_config
+from service_kit.logs import configure_logs, get_logger
+from worker_runtime.engine_link import ProcessEngineLink
+from worker_runtime.holding import RoleName
+from worker_runtime.parent_death import die_with_parent
+from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
+
+EXIT_DRAINED = 0
+EXIT_CONFIG = 2
+EXIT_FAILED = 70
+EXIT_STOPPED_TWICE = 130
+
+ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode"}
+
+log = get_logger(__name__)
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    if options.parent_pid:
+        die_with_parent(options.parent_pid)
+    try:
+        config = load_config(options.config, options.set)
+        roles = _roles(options.roles)
+    except ConfigInvalid as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CONFIG
+    configure_logs(config.log, options.id)
+    settings = NodeSettings(options.id, roles, config, _version(), new_incarnation())
+    return uvloop.run(_serve(settings, options.engine_command))
+
+
+async def _serve(settings: NodeSettings, engine_command: Sequence[str]) -> int:
+    config = settings.config
+    stop = _Stop(config.worker.drain_s)
+    try:
+        starting = asyncio.create_task(_open(settings, engine_command))
+        await asyncio.wait([starting, stop.asked], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait([starting])
+            return EXIT_DRAINED
+        node = starting.result()
+        try:
+            return await stop.supervise(node)
+        finally:
+            await node.close()
+    except PdserveError as error:
+        log.error("worker_failed", reason=error.reason, message=error.message)
+        return EXIT_FAILED
+    except Exception as error:
+        log.exception("worker_failed", error)
+        return EXIT_FAILED
+
+
+async def _open(settings: NodeSettings, engine_command: Sequence[str]) -> WorkerNode:
+    config = settings.config
+    link = await ProcessEngineLink.start(
+        config.model_dump_json().encode(), config.worker.engine_start_s, engine_command
+    )
+    try:
+        return await WorkerNode.open(settings, link, (PrefillService, DecodeService))
+    except BaseException:
+        await link.close()
+        raise
+
+
+class _Stop:
+    """SIGTERM and SIGINT: the first drains, the second stops."""
+
+    def __init__(self, drain_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.asked: asyncio.Future[None] = loop.create_future()
+        self._twice: asyncio.Future[None] = loop.create_future()
+        self._drain_s = drain_s
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+
+    async def supervise(self, node: WorkerNode) -> int:
+        """Until the node has drained or the second signal came. Raises what the node's run raises."""
+        running = asyncio.create_task(node.run())
+        await asyncio.wait([running, self.asked], return_when=asyncio.FIRST_COMPLETED)
+        if self.asked.done():
+            node.drain(self._drain_s)
+        await asyncio.wait([running, self._twice], return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+            return EXIT_DRAINED
+        running.cancel()
+        await asyncio.wait([running])
+        return EXIT_STOPPED_TWICE
+
+    def _signalled(self) -> None:
+        first = self.asked if not self.asked.done() else self._twice
+        if not first.done():
+            first.set_result(None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m worker", description="One worker of a pdserve cluster.")
+    parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--id", required=True, help="name of this worker, unique in the cluster")
+    parser.add_argument("--roles", required=True, help="prefill, decode or prefill,decode")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
+    parser.add_argument(
+        "--parent-pid", type=int, default=os.getppid(), help="dies with this process; 0 = lives on its own"
+    )
+    parser.add_argument(
+        "--engine-command", nargs="+", default=[], help="start this as the engine process instead of the native engine"
+    )
+    return parser
+
+
+def _roles(text: str) -> frozenset[RoleName]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in ROLES]
+    if unknown:
+        raise ConfigInvalid(f"--roles {text}: {unknown[0]!r} is no role; known are {', '.join(ROLES)}.")
+    return frozenset(ROLES[name] for name in names)
+
+
+def _version() -> str:
+    try:
+        return version("pdserve")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,248 @@
+"""Owns one worker: composes sessions, registration, KV endpoint and roles over an engine link. No globals, no signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kv_transfer.peers import OpenChannel, open_insecure_channel
+from kv_transfer.transport import Transport
+from pdserve.errors import WorkerLost
+from pdserve.v1 import membership_pb2, worker_pb2
+from service_kit.config import ClusterConfig
+from service_kit.logs import get_logger
+from worker_runtime.commands import CommandRouter, NodeControl
+from worker_runtime.dispatches import DispatchTable
+from worker_runtime.engine_link import EngineLink
+from worker_runtime.event_router import EventRouter
+from worker_runtime.grpc_endpoint import GrpcEndpoint
+from worker_runtime.holding import Holding, RoleName
+from worker_runtime.kv_endpoint import KvEndpoint, kv_side, open_transports
+from worker_runtime.kv_index import KvIndex
+from worker_runtime.load import LoadBoard
+from worker_runtime.registration import Registration
+from worker_runtime.reports import DispatchReports
+from worker_runtime.roles import RoleContext, RoleFactory, combined_policy
+from worker_runtime.session import SessionHub
+from worker_runtime.session_service import SessionService
+from worker_runtime.snapshots import held_dispatches
+from worker_runtime.task_owner import TaskOwner
+
+SWEEP_S = 0.1
+LAST_WORDS_S = 2.0  # for controllers to take what a drained worker still has to say
+CLOSE_GRACE_S = 0.5
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """incarnation: larger at each start of the same worker, by default the wall clock in ns: its issuer needs no state."""
+
+    worker_id: str
+    roles: frozenset[RoleName]
+    config: ClusterConfig
+    version: str
+    incarnation: int
+
+
+def new_incarnation() -> int:
+    return time.time_ns()
+
+
+class WorkerNode:
+    """`open`, then `run` until the worker is drained or its engine is gone, then `close`."""
+
+    def __init__(
+        self, settings: NodeSettings, link: EngineLink, transports: dict[str, Transport], open_channel: OpenChannel
+    ) -> None:
+        config, clock = settings.config, time.monotonic
+        self._settings = settings
+        self._link = link
+        self._clock = clock
+        self._open_channel = open_channel
+        self._holding = Holding(settings.roles)
+        self._load = LoadBoard(self._holding, link.ready.layout.blocks)
+        self._dispatches = DispatchTable(tombstone_s=2 * config.transfer.lease_s)
+        self._hub = SessionHub(
+            config.worker.orphan_s, config.worker.orphan_buffer_bytes, KvIndex(), self._load.report, clock
+        )
+        self._tasks = TaskOwner()
+        side = kv_side(link.ready, settings.worker_id, settings.incarnation, link)
+        self._kv = KvEndpoint(side, transports, config.transfer, link, open_channel)
+        self._load.count_with(self._kv.figures)
+        self._reports = DispatchReports(self._dispatches, self._hub, self._load.report)
+        self._events = EventRouter(self._dispatches, self._reports, self._load, self._hub)
+        self._grpc = GrpcEndpoint(config.worker.host)
+        self._gone = asyncio.Event()
+        self._drain_deadline: float | None = None
+        self._last_words_deadline: float | None = None
+        self._drained: list[Callable[[], None]] = []
+
+    @classmethod
+    async def open(
+        cls,
+        settings: NodeSettings,
+        link: EngineLink,
+        roles: Sequence[RoleFactory],
+        *,
+        transports: dict[str, Transport] | None = None,
+        open_channel: OpenChannel = open_insecure_channel,
+    ) -> WorkerNode:
+        """Binds every endpoint, sets the engine's policy and serves gRPC. Controllers learn of it once `run` runs.
+
+        transports: instead of those that the configuration names; in tests and fleets.
+        """
+        config = settings.config
+        opened = transports if transports is not None else open_transports(config.transfer, config.worker.host)
+        node = cls(settings, link, opened, open_channel)
+        await node._kv.start()
+        await node._serve(roles)
+        log.info("worker_ready", worker_id=settings.worker_id, address=node.address, roles=sorted(settings.roles))
+        return node
+
+    @property
+    def address(self) -> str:
+        return self._grpc.address
+
+    async def run(self) -> None:
+        """Returns once the worker is drained. Raises WorkerLost when the engine is gone."""
+        channels = [self._open_channel(address) for address in self._settings.config.controllers]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._consume()), group.create_task(self._beat())]
+                tasks.append(group.create_task(self._sweep()))
+                for address, channel in zip(self._settings.config.controllers, channels, strict=True):
+                    registration = Registration(address, channel, self._info, self._hub, random.Random())
+                    tasks.append(group.create_task(registration.run()))
+                await self._gone.wait()
+                for task in tasks:
+                    task.cancel()
+        except* WorkerLost as lost:
+            raise lost.exceptions[0] from None
+        finally:
+            for channel in channels:
+                await channel.close(None)
+
+    def drain(self, deadline_s: float, drained: Callable[[], None] | None = None) -> None:
+        """No new work from now on; running work may finish until the deadline, then `run` returns. Idempotent: the
+        earliest deadline holds."""
+        deadline = self._clock() + deadline_s
+        first = self._drain_deadline is None
+        self._drain_deadline = deadline if self._drain_deadline is None else min(self._drain_deadline, deadline)
+        if drained is not None:
+            self._drained.append(drained)
+        if first:
+            log.info("worker_draining", deadline_s=deadline_s, dispatches=len(list(self._dispatches.live())))
+            self._holding.drain()
+            self._hub.heartbeat()
+
+    async def close(self) -> None:
+        """Ends every task, endpoint and the engine; idempotent."""
+        await self._grpc.close(CLOSE_GRACE_S)
+        await self._tasks.close()
+        await self._kv.close()
+        await self._link.close()
+
+    async def _serve(self, roles: Sequence[RoleFactory]) -> None:
+        context = RoleContext(
+            config=self._settings.config,
+            engine=self._link,
+            kv=self._kv,
+            dispatches=self._dispatches,
+            reports=self._reports,
+            holding=self._holding,
+            load=self._load,
+            tasks=self._tasks,
+        )
+        self._roles = [factory(context) for factory in roles]
+        handlers = {name: handler for role in self._roles for name, handler in role.commands().items()}
+        self._commands = CommandRouter(
+            context, self._hub, handlers, NodeControl(self._set_roles, self.drain), self._clock
+        )
+        self._set_roles(self._holding.roles)
+        await self._grpc.start(SessionService(self._hub, self._commands, self._snapshot), self._kv.receiver)
+
+    def _set_roles(self, roles: frozenset[RoleName]) -> None:
+        self._holding.set_roles(roles)
+        self._link.send(combined_policy(role.policy() for role in self._roles if role.role in roles))
+        self._hub.heartbeat()
+
+    async def _consume(self) -> None:
+        async for event in self._link.events():
+            self._events.route(event)
+
+    async def _beat(self) -> None:
+        while True:
+            self._hub.heartbeat()
+            await asyncio.sleep(self._settings.config.worker.heartbeat_s)
+
+    async def _sweep(self) -> None:
+        """What ends by time alone: orphans, tombstones, a drain."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = self._clock()
+            for controller_id in self._hub.expired():
+                log.warning("session_expired", controller_id=controller_id)
+                self._commands.cancel_all_of(controller_id)
+            self._dispatches.expire(now)
+            if self._drain_deadline is not None:
+                await self._drain_step(now, self._drain_deadline)
+
+    async def _drain_step(self, now: float, deadline: float) -> None:
+        live = list(self._dispatches.live())
+        if live and now < deadline:
+            return
+        for record in live:
+            self._reports.failed(record.work.dispatch, WorkerLost("This worker was drained before the request ended."))
+            record.handler.cancel()
+        if self._last_words_deadline is None:
+            self._last_words_deadline = now + LAST_WORDS_S
+            for drained in self._drained:
+                drained()
+            await self._grpc.serving(False)
+        if self._hub.all_acknowledged() or now >= self._last_words_deadline:
+            log.info("worker_drained", worker_id=self._settings.worker_id)
+            self._gone.set()
+
+    def _snapshot(self, controller_id: str) -> worker_pb2.WorkerSnapshot:
+        held = [
+            record
+            for record in self._dispatches.records()
+            if record.owner == controller_id or not self._hub.is_open(record.owner)
+        ]
+        return worker_pb2.WorkerSnapshot(
+            worker=self._info(),
+            load=self._load.report(),
+            held=held_dispatches(held),
+            draining=self._holding.draining,
+        )
+
+    def _info(self) -> membership_pb2.WorkerInfo:
+        settings, ready, engine = self._settings, self._link.ready, self._settings.config.engine
+        return membership_pb2.WorkerInfo(
+            worker_id=settings.worker_id,
+            incarnation=settings.incarnation,
+            address=self._grpc.address,
+            roles=self._holding.to_proto(),
+            identity=self._kv.side.identity.to_proto(),
+            layout=[group.to_proto() for group in self._kv.side.groups],
+            kv_endpoints=self._kv.endpoints,
+            capabilities=membership_pb2.Capabilities(
+                push=True,
+                first_token_at_prefill=True,
+                exact_resume="seeded",
+                max_context_tokens=ready.max_context_tokens,
+                max_batch=engine.max_running,
+                token_budget=engine.token_budget,
+                blocks_total=ready.layout.blocks,
+                block_tokens=ready.layout.page_tokens,
+            ),
+            pid=os.getpid(),
+            engine_pid=ready.pid,
+            version=settings.version,
+        )
