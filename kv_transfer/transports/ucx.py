@@ -137,6 +137,11 @@ class UcxTransport:
     def name(self) -> str:
         return "ucx"
 
+    @property
+    def probes(self) -> bool:
+        """True where the length of a message is known before it is received."""
+        return self._opened()[0].probes
+
     def _opened(self) -> tuple[Binding, Pump]:
         if self._open is None:
             binding = self._load(self._profile)

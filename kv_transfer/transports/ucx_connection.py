@@ -144,7 +144,7 @@ class UcxConnection:
         """See `transport.Connection`. A cancelled send closes the connection: UCX may still read the buffer."""
         check_buffer(buffer)
         self._check_open()
-        await self._finish(self._endpoint.send(buffer, tag=tag, force_tag=True), f"sending message {tag}")
+        await self._finish(lambda: self._endpoint.send(buffer, tag=tag, force_tag=True), f"sending message {tag}")
         # After a cancel inside the library send returns None as if it had succeeded.
         self._check_open()
 
@@ -178,27 +178,36 @@ class UcxConnection:
             if arrival.length != len(buffer):
                 await self._throw_away(endpoint, arrival)
                 raise TransferFailed(f"KV message {tag} has {arrival.length} bytes, expected were {len(buffer)}.")
-            await self._finish(endpoint.recv_with_handle(buffer, arrival), f"receiving message {tag}")
+            await self._finish(lambda: endpoint.recv_with_handle(buffer, arrival), f"receiving message {tag}")
 
     async def _throw_away(self, endpoint: ProbingEndpoint, arrival: Arrival) -> None:
         if arrival.length > MAX_FRAME_BYTES:
             await self.close()
             return
-        await self._finish(endpoint.recv_with_handle(bytearray(arrival.length), arrival), "discarding a message")
+        await self._finish(
+            lambda: endpoint.recv_with_handle(bytearray(arrival.length), arrival), "discarding a message"
+        )
 
     async def _recv_copied(self, tag: int, buffer: Buffer) -> None:
         """For ucp: a cancelled receive stays posted there, so it gets a buffer of its own. It cannot tell a short message;
         the hand-off's checksums do."""
         landing = bytearray(len(buffer))
         with self._pump.active():
-            await self._finish(self._endpoint.recv(landing, tag=tag, force_tag=True), f"receiving message {tag}")
+            await self._finish(
+                lambda: self._endpoint.recv(landing, tag=tag, force_tag=True), f"receiving message {tag}"
+            )
         self._check_open()
         buffer[:] = landing
 
-    async def _finish(self, operation: Awaitable[None], what: str) -> None:
+    async def _finish(self, operation: Callable[[], Awaitable[None]], what: str) -> None:
         """Runs `operation`; when it returns or raises, UCX does not touch the operation's buffer any more."""
+
+        async def run() -> None:
+            self._check_open()  # again: a close may come between the call and the task's first turn
+            await operation()
+
         with self._pump.active():
-            task = asyncio.ensure_future(operation)
+            task = asyncio.create_task(run())
             try:
                 await asyncio.shield(task)
             except self._binding.errors as error:
