@@ -1,0 +1,53 @@
+"""Runs benchmarks one after the other, each in a process of its own: `python -m benchmarks [names…] [--quick | --full]`.
+
+Loopback only, bounded in time. Exit code 4 if one of them failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+BENCHMARKS = ("engine", "transfer", "handoff", "controller")
+WITH_PEERS = ("engine", "transfer")  # compare with software that is not ours
+LIMIT_S = {"quick": 240.0, "full": 1200.0}
+FAILED = 4
+
+
+def run(name: str, mode: str) -> bool:
+    """True if it ended well within its time."""
+    print(f"== {name} ({mode})", flush=True)
+    command = [sys.executable, "-m", f"benchmarks.{name}", *(["--full"] if mode == "full" else [])]
+    start_s = time.monotonic()
+    try:
+        code = subprocess.run(command, timeout=LIMIT_S[mode], check=False).returncode
+    except subprocess.TimeoutExpired:
+        print(f"== {name} was ended after {LIMIT_S[mode]:.0f} s", flush=True)
+        return False
+    print(f"== {name}: exit code {code} after {time.monotonic() - start_s:.0f} s\n", flush=True)
+    return code == 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Results go to benchmarks/results/.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--quick", action="store_true", help="a few samples each (the default)")
+    modes.add_argument("--full", action="store_true", help="as many samples as the figures need")
+    modes.add_argument("--peers", action="store_true", help="full, and only what is compared with other software")
+    given = parser.parse_args(arguments)
+    unknown = set(given.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
+    names = given.names or (WITH_PEERS if given.peers else BENCHMARKS)
+    mode = "full" if given.full or given.peers else "quick"
+    failed = [name for name in names if not run(name, mode)]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return FAILED if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
