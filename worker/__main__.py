@@ -23,6 +23,7 @@ from worker_runtime.holding import RoleName
 from worker_runtime.parent_death import die_with_parent
 from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
 
+ENGINE_MODULE = "worker.engine_main"
 EXIT_DRAINED = 0
 EXIT_CONFIG = 2
 EXIT_FAILED = 70
@@ -45,15 +46,16 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_CONFIG
     configure_logs(config.log, options.id)
     settings = NodeSettings(options.id, roles, config, _version(), new_incarnation())
-    return uvloop.run(_serve(settings, options.engine_command))
+    return uvloop.run(_serve(settings, options.engine_module))
 
 
-async def _serve(settings: NodeSettings, engine_command: Sequence[str]) -> int:
+async def _serve(settings: NodeSettings, engine_module: str) -> int:
     config = settings.config
     stop = _Stop(config.worker.drain_s)
     try:
-        starting = asyncio.create_task(_open(settings, engine_command))
-        await asyncio.wait([starting, stop.asked], return_when=asyncio.FIRST_COMPLETED)
+        starting = asyncio.create_task(_open(settings, engine_module))
+        waited: list[asyncio.Future[WorkerNode] | asyncio.Future[None]] = [starting, stop.asked]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
             await asyncio.wait([starting])
@@ -71,11 +73,10 @@ async def _serve(settings: NodeSettings, engine_command: Sequence[str]) -> int:
         return EXIT_FAILED
 
 
-async def _open(settings: NodeSettings, engine_command: Sequence[str]) -> WorkerNode:
+async def _open(settings: NodeSettings, engine_module: str) -> WorkerNode:
     config = settings.config
-    link = await ProcessEngineLink.start(
-        config.model_dump_json().encode(), config.worker.engine_start_s, engine_command
-    )
+    command = (sys.executable, "-m", engine_module)
+    link = await ProcessEngineLink.start(config.model_dump_json().encode(), config.worker.engine_start_s, command)
     try:
         return await WorkerNode.open(settings, link, (PrefillService, DecodeService))
     except BaseException:
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--parent-pid", type=int, default=os.getppid(), help="dies with this process; 0 = lives on its own"
     )
     parser.add_argument(
-        "--engine-command", nargs="+", default=[], help="start this as the engine process instead of the native engine"
+        "--engine-module", default=ENGINE_MODULE, metavar="MODULE", help="module that runs as the engine process"
     )
     return parser
 

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from engine.protocol import ENCODER, EVENTS, Command, EngineReady, Event, Stop
 from kv_transfer.arena import Arena
@@ -51,11 +51,11 @@ class ProcessEngineLink:
         self._arena = arena
 
     @classmethod
-    async def start(cls, settings: bytes, deadline_s: float, command: Sequence[str] = ()) -> ProcessEngineLink:
+    async def start(cls, settings: bytes, deadline_s: float, command: Sequence[str]) -> ProcessEngineLink:
         """Starts the engine process and waits until it is ready.
 
-        settings: its start-up frame. command: argument vector that replaces the default one; the descriptor's number and
-        the pid of this process are appended. Raises WorkerLost when it ends or is not ready within `deadline_s`.
+        settings: its start-up frame. command: its argument vector, to which the link's descriptor and the pid of this process
+        are appended. Raises WorkerLost when it ends or is not ready within `deadline_s`.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -120,8 +120,7 @@ class _EventStream(asyncio.Protocol):
         return bool(self._failure)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         if self._events:
             self._arrived.set()
 

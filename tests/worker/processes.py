@@ -1,0 +1,78 @@
+"""Owns real worker processes for tests: `python -m worker`, ended by their pid."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELLED = "tests.worker.modelled_child"
+NATIVE = "worker.engine_main"
+
+
+class WorkerProcess:
+    def __init__(self, process: asyncio.subprocess.Process, worker_id: str, log: Path) -> None:
+        self.process = process
+        self.worker_id = worker_id
+        self.log = log
+
+    @classmethod
+    async def start(
+        cls,
+        worker_id: str,
+        roles: str,
+        controller: str,
+        directory: Path,
+        *,
+        sets: Sequence[str] = (),
+        engine_module: str = MODELLED,
+        step_ms: float = 1.0,
+    ) -> WorkerProcess:
+        settings = [f'controllers=["{controller}"]', "transfer.transport=tcp", *sets]
+        arguments = ["--id", worker_id, "--roles", roles, "--engine-module", engine_module]
+        for setting in settings:
+            arguments += ["--set", setting]
+        log = directory / f"{worker_id}.log"
+        with log.open("ab") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "worker",
+                *arguments,
+                cwd=ROOT,
+                env={**os.environ, "STEP_MS": str(step_ms)},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stderr,
+            )
+        return cls(process, worker_id, log)
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    async def exit_code(self, deadline_s: float = 10.0) -> int:
+        async with asyncio.timeout(deadline_s):
+            return await self.process.wait()
+
+    async def close(self) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+
+def alive(pid: int) -> bool:
+    """Whether `pid` runs: a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def ended(pid: int, deadline_s: float) -> None:
+    async with asyncio.timeout(deadline_s):
+        while alive(pid):
+            await asyncio.sleep(0.01)
