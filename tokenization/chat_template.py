@@ -77,6 +77,7 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
+        self._source = source or ""
         try:
             self._template = _environment().from_string(source) if source is not None else None
         except jinja2.TemplateError as error:
@@ -85,6 +86,10 @@ class ChatTemplate:
     @classmethod
     def load(cls, model_dir: Path) -> ChatTemplate:
         return cls(_source(model_dir), read_special_tokens(model_dir))
+
+    def mentions(self, word: str) -> bool:
+        """Whether the template's source holds `word`, say the name of a role."""
+        return word in self._source
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt's text. Raises InvalidRequest with the template's own words if it refuses the messages."""
