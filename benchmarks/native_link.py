@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from service_kit.config import ClusterConfig, EngineConfig, LogConfig, ModelConfig
@@ -15,4 +16,5 @@ async def open_native_link(model_dir: Path, *, threads: int, kv_bytes: int) -> E
         engine=EngineConfig(threads=threads, kv_bytes=kv_bytes, prefix_reuse=False),
         log=LogConfig(level="warning"),
     )
-    return await ProcessEngineLink.start(config.model_dump_json().encode(), config.worker.engine_start_s)
+    command = (sys.executable, "-m", "worker.engine_main")
+    return await ProcessEngineLink.start(config.model_dump_json().encode(), config.worker.engine_start_s, command)
