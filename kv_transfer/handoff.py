@@ -126,10 +126,12 @@ class Handoff:
     async def run(self) -> HandoffOutcome:
         """From connect to release. Never raises a PdserveError: it is in the outcome."""
         try:
-            self._tasks.spawn(self._drive(), "handoff-drive")
+            drive = self._tasks.spawn(self._drive(), "handoff-drive")
             self._tasks.spawn(self._beat(), "handoff-beat")
             await self._stopped.wait()
             self._end_s = time.monotonic()
+            drive.cancel()
+            await asyncio.wait((drive,))
             await self._settle()
             await self._part()
         finally:
