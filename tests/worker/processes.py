@@ -73,6 +73,17 @@ def alive(pid: int) -> bool:
 
 
 async def ended(pid: int, deadline_s: float) -> None:
-    async with asyncio.timeout(deadline_s):
-        while alive(pid):
-            await asyncio.sleep(0.01)
+    """Waits for the end of any process, child or not."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    loop.add_reader(descriptor, over.set)
+    try:
+        async with asyncio.timeout(deadline_s):
+            await over.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
