@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
+PROMPT_TAIL_TOKENS = 4  # a character has at most four bytes, so at most four tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,15 @@ class GenerationRequest:
     @property
     def prompt_tokens(self) -> int:
         return len(self.token_ids) // 4
+
+    @property
+    def needs_text(self) -> bool:
+        return self.want_text or bool(self.stop)
+
+    def prompt_tail(self) -> tuple[int, ...]:
+        """The last ids of the prompt: a character cut there is completed by the first output tokens."""
+        tail = self.token_ids[-4 * PROMPT_TAIL_TOKENS :]
+        return tuple(int.from_bytes(tail[at : at + 4], "little") for at in range(0, len(tail), 4))
 
 
 @dataclass(frozen=True, slots=True)

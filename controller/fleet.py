@@ -1,0 +1,308 @@
+"""Owns the workers: registrations, one session each, their states, and the snapshot that placement looks at."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from controller import membership
+from controller.membership import ConnectionLost, DeclareLost, Dial, Heard, Limits
+from controller.placement.snapshot import FleetSnapshot
+from controller.worker_record import WorkerRecord
+from controller.worker_session import SessionEnded, WorkerSession, command_error
+from pdserve.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, WorkerLost
+from pdserve.v1 import membership_pb2, worker_pb2
+from service_kit.logs import get_logger
+
+MAX_WORKERS = 4096
+MAX_NAME_CHARS = 256
+MAX_ENDPOINTS = 16
+FORGET_S = 60.0  # how long a worker that is gone stays in the status
+COMMAND_S = 10.0
+SESSION_TIMEOUT_MS = 5000  # silence of ours after which a worker drops the session
+
+log = get_logger(__name__)
+
+
+class FleetSink(Protocol):
+    """Who needs to know what happens to dispatches and workers."""
+
+    def received(self, worker_id: str, response: worker_pb2.SessionResponse) -> None:
+        """An event of a dispatch."""
+
+    def reconciled(self, worker_id: str, snapshot: worker_pb2.WorkerSnapshot) -> None:
+        """A session was opened: what the worker holds, it says."""
+
+    def lost(self, worker_id: str, error: WorkerLost) -> None:
+        """Everything that was dispatched there is lost."""
+
+    def changed(self, worker_id: str) -> None:
+        """There may be more room than before."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    controller_id: str
+    heartbeat_s: float
+    heartbeat_misses: int
+    credentials: grpc.ChannelCredentials | None = None
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(silence_s=self.heartbeat_s * self.heartbeat_misses)
+
+
+class Fleet:
+    def __init__(self, settings: FleetSettings, clock: Callable[[], float]) -> None:
+        self._settings = settings
+        self._limits = settings.limits
+        self._clock = clock
+        self._records: dict[str, WorkerRecord] = {}
+        self._serving: dict[str, asyncio.Task[None]] = {}
+        self._sink: FleetSink | None = None
+        self._commands: dict[int, asyncio.Future[None]] = {}
+        self._command_workers: dict[int, str] = {}
+        self._next_command = 1
+
+    def attach(self, sink: FleetSink) -> None:
+        self._sink = sink
+
+    # ---- what others ask
+
+    def record(self, worker_id: str) -> WorkerRecord | None:
+        return self._records.get(worker_id)
+
+    def records(self) -> list[WorkerRecord]:
+        return list(self._records.values())
+
+    def snapshot(self) -> FleetSnapshot:
+        return FleetSnapshot(tuple([record.view() for record in self._records.values()]))
+
+    def serves(self) -> bool:
+        """True if any worker takes work."""
+        return any(record.member.takes_work for record in self._records.values())
+
+    def identity(self) -> bytes:
+        """KV identity of the workers; empty while there is none."""
+        return next((view.identity for view in self.snapshot().workers if view.ready), b"")
+
+    def send(self, worker_id: str, request: worker_pb2.SessionRequest) -> None:
+        """To a worker that is gone, nothing is sent: `lost` has said so, or is about to."""
+        record = self._records.get(worker_id)
+        if record is not None and record.session is not None:
+            record.session.send(request)
+
+    # ---- registration and sessions
+
+    def register(self, info: membership_pb2.WorkerInfo) -> None:
+        """Raises InvalidRequest. The caller repeats it until a session is open."""
+        _check_info(info)
+        record = self._records.get(info.worker_id)
+        if record is None:
+            if len(self._records) >= MAX_WORKERS:
+                raise InvalidRequest(f"This controller knows {MAX_WORKERS} workers already.", param="worker_id")
+            record = self._records[info.worker_id] = WorkerRecord(info.worker_id)
+            log.info("worker_registered", worker_id=info.worker_id, address=info.address)
+        if record.member.state == "GONE" or info.incarnation > record.member.incarnation:
+            self._step(record, membership.Registered(info.incarnation, info.address))
+            record.introduce(info)
+
+    def _step(self, record: WorkerRecord, event: membership.Event) -> None:
+        before = record.member
+        member, commands = membership.step(before, event, self._limits, self._clock())
+        record.member_changed(member)
+        for command in commands:
+            match command:
+                case DeclareLost(reason=reason):
+                    self._declare_lost(record, reason)
+                case Dial():
+                    self._dial(record, fresh=not member.redialling)
+        if member.state != before.state:
+            log.info("worker_state", worker_id=record.worker_id, state=member.state, reason=member.lost_reason)
+
+    def _dial(self, record: WorkerRecord, *, fresh: bool) -> None:
+        if fresh or record.session is None:
+            opening = worker_pb2.OpenSession(
+                controller_id=self._settings.controller_id, session_timeout_ms=SESSION_TIMEOUT_MS
+            )
+            line = _Line(self, record)
+            record.session = WorkerSession(record.member.address, opening, line, self._settings.credentials)
+            line.session = record.session
+        self._hang_up(record.worker_id)
+        task = asyncio.create_task(self._serve(record, record.session))
+        self._serving[record.worker_id] = task
+
+    async def _serve(self, record: WorkerRecord, session: WorkerSession) -> None:
+        try:
+            await session.serve()
+        except SessionEnded as ended:
+            event = ConnectionLost(ended.reason, ended.final)
+        except Exception as error:
+            log.exception("session_failed", error, worker_id=record.worker_id)
+            event = ConnectionLost(f"The session failed here: {type(error).__name__}.", final=True)
+        else:
+            raise AssertionError("serve always raises")
+        if record.session is session:
+            log.info("session_ended", worker_id=record.worker_id, reason=event.reason)
+            self._step(record, event)
+
+    def _hang_up(self, worker_id: str) -> None:
+        task = self._serving.pop(worker_id, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+
+    def _declare_lost(self, record: WorkerRecord, reason: str) -> None:
+        record.session = None
+        self._hang_up(record.worker_id)
+        record.forget_load()
+        error = WorkerLost(f"Worker {record.worker_id} was lost: {reason}")
+        for command_id in [each for each, worker in self._command_workers.items() if worker == record.worker_id]:
+            self._settle(command_id, error)
+        assert self._sink is not None
+        self._sink.lost(record.worker_id, error)
+
+    # ---- what workers say
+
+    def opened(self, record: WorkerRecord, snapshot: worker_pb2.WorkerSnapshot) -> None:
+        incarnation, draining = snapshot.worker.incarnation, snapshot.draining or snapshot.load.draining
+        self._step(record, membership.SessionOpened(incarnation, draining))
+        if record.member.state == "GONE":
+            return
+        record.introduce(snapshot.worker)
+        record.report(snapshot.load, self._clock())
+        assert self._sink is not None
+        self._sink.reconciled(record.worker_id, snapshot)
+        self._sink.changed(record.worker_id)
+
+    def received(self, record: WorkerRecord, response: worker_pb2.SessionResponse) -> None:
+        assert self._sink is not None
+        now = self._clock()
+        match response.WhichOneof("event"):
+            case "tokens" | "started" | "failed" | "handoff":
+                self._sink.received(record.worker_id, response)
+            case "reserve":
+                record.report(response.reserve.load, now)
+                self._sink.received(record.worker_id, response)
+            case "load":
+                record.report(response.load, now)
+                self._step(record, Heard(response.load.draining))
+                self._sink.changed(record.worker_id)
+                return
+            case "result":
+                self._settle(response.result.command_id, command_error(response.result))
+            case _:
+                pass  # KV events are for the prefix index; what is unknown comes from a newer worker
+        record.member_changed(membership.step(record.member, Heard(False), self._limits, now)[0])
+
+    # ---- operators
+
+    async def set_roles(self, worker_id: str, roles: list[int]) -> None:
+        """Returns when the worker has done it."""
+        record = self._commandable(worker_id)
+        command_id = self._new_command(worker_id)
+        command = worker_pb2.SetRoles(command_id=command_id)
+        command.roles.extend(roles)  # type: ignore[arg-type]
+        self.send(worker_id, worker_pb2.SessionRequest(set_roles=command))
+        await self._result(command_id)
+        record.load.ClearField("roles")
+        record.load.roles.extend(roles)  # type: ignore[arg-type]
+        record.report(record.load, self._clock())
+
+    def drain(self, worker_id: str, deadline_s: float) -> None:
+        """From now on it gets no work; it ends by itself when what it has is done."""
+        record = self._commandable(worker_id)
+        command = worker_pb2.Drain(command_id=self._take_command_id(), deadline_ms=round(deadline_s * 1000))
+        self.send(worker_id, worker_pb2.SessionRequest(drain=command))
+        self._step(record, membership.DrainOrdered())
+
+    def _commandable(self, worker_id: str) -> WorkerRecord:
+        record = self._records.get(worker_id)
+        if record is None:
+            raise NotFound(f"There is no worker {worker_id!r}; `pdserve status` lists them.")
+        if record.session is None or record.member.state not in ("READY", "DRAINING"):
+            raise Unavailable(f"Worker {worker_id} is {record.member.state}.", retry_after_s=1.0)
+        return record
+
+    def _take_command_id(self) -> int:
+        self._next_command += 1
+        return self._next_command - 1
+
+    def _new_command(self, worker_id: str) -> int:
+        command_id = self._take_command_id()
+        self._commands[command_id] = asyncio.get_running_loop().create_future()
+        self._command_workers[command_id] = worker_id
+        return command_id
+
+    async def _result(self, command_id: int) -> None:
+        try:
+            async with asyncio.timeout(COMMAND_S):
+                await self._commands[command_id]
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"The worker did not answer within {COMMAND_S:g} s.") from error
+        finally:
+            self._commands.pop(command_id, None)
+            self._command_workers.pop(command_id, None)
+
+    def _settle(self, command_id: int, error: Exception | None) -> None:
+        future = self._commands.get(command_id)
+        if future is None or future.done():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    # ---- time
+
+    def tick(self, *, late: bool) -> None:
+        """`late`: this process itself was held up, so that silence says nothing about the workers."""
+        now = self._clock()
+        for record in list(self._records.values()):
+            if late:
+                record.member_changed(membership.step(record.member, Heard(False), self._limits, now)[0])
+            self._step(record, membership.Tick())
+            if record.member.state == "GONE" and now - record.member.heard_s > FORGET_S:
+                del self._records[record.worker_id]
+            elif record.member.state != "GONE" and record.judge_stall(now):
+                log.warning("engine_stalled", worker_id=record.worker_id, step=record.load.engine_step)
+                assert self._sink is not None
+                self._sink.lost(record.worker_id, WorkerLost(f"The engine of worker {record.worker_id} hangs."))
+
+    async def close(self) -> None:
+        tasks = list(self._serving.values())
+        self._serving.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Line:
+    """Joins a session to its worker's record."""
+
+    def __init__(self, fleet: Fleet, record: WorkerRecord) -> None:
+        self._fleet = fleet
+        self._record = record
+        self.session: WorkerSession | None = None
+
+    def opened(self, snapshot: worker_pb2.WorkerSnapshot) -> None:
+        if self._record.session is self.session:
+            self._fleet.opened(self._record, snapshot)
+
+    def received(self, response: worker_pb2.SessionResponse) -> None:
+        if self._record.session is self.session:
+            self._fleet.received(self._record, response)
+
+
+def _check_info(info: membership_pb2.WorkerInfo) -> None:
+    if not 0 < len(info.worker_id) <= MAX_NAME_CHARS:
+        raise InvalidRequest(f"worker_id must have 1 to {MAX_NAME_CHARS} characters.", param="worker_id")
+    if not 0 < len(info.address) <= MAX_NAME_CHARS:
+        raise InvalidRequest("address must be host:port.", param="address")
+    if len(info.kv_endpoints) > MAX_ENDPOINTS or len(info.layout) > MAX_ENDPOINTS:
+        raise InvalidRequest(f"At most {MAX_ENDPOINTS} kv_endpoints and layout groups.", param="kv_endpoints")
+    if len(info.identity.digest) != 32:
+        raise InvalidRequest("identity.digest must be a SHA-256 digest.", param="identity")

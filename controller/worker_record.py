@@ -1,0 +1,154 @@
+"""Owns what the controller knows of one worker: its last reports, corrected by what was sent since. Not thread-safe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controller.membership import Member
+from controller.operations import KvEndpointStatus, RoleName, WorkerStatus
+from controller.placement.snapshot import WorkerView
+from controller.worker_session import WorkerSession
+from pdserve.v1 import membership_pb2, types_pb2, worker_pb2
+
+STALL_S = 10.0  # running sequences and no step for so long: the engine hangs
+STALL_STEPS = 20  # or for so many of its usual steps, where those are slow
+_ROLE_NAMES: dict[int, RoleName] = {types_pb2.ROLE_PREFILL: "prefill", types_pb2.ROLE_DECODE: "decode"}
+
+
+@dataclass(frozen=True, slots=True)
+class Burden:
+    """What one dispatch means for one worker until it is released."""
+
+    prefill_tokens: int = 0
+    sequences: int = 0
+    unreported_blocks: int = 0  # asked for, but not yet in a report
+
+
+class WorkerRecord:
+    def __init__(self, worker_id: str) -> None:
+        self.worker_id = worker_id
+        self.member = Member()
+        self.info = membership_pb2.WorkerInfo(worker_id=worker_id)
+        self.load = worker_pb2.LoadReport()
+        self.session: WorkerSession | None = None
+        self.dispatches = 0
+        self.stalled = False
+        self._step_changed_s = 0.0
+        self._prefill_tokens = 0
+        self._sequences = 0
+        self._unreported_blocks = 0
+        self._view: WorkerView | None = None
+
+    def introduce(self, info: membership_pb2.WorkerInfo) -> None:
+        """A new incarnation, or news of this one."""
+        self.info = info
+        if not self.load.blocks_total:
+            self.load = worker_pb2.LoadReport(
+                roles=info.roles,
+                blocks_total=info.capabilities.blocks_total,
+                blocks_free=info.capabilities.blocks_total,
+            )
+        self._view = None
+
+    def forget_load(self) -> None:
+        """The incarnation is gone, and what was sent to it."""
+        self.load = worker_pb2.LoadReport()
+        self.dispatches = self._prefill_tokens = self._sequences = self._unreported_blocks = 0
+        self.stalled = False
+        self._view = None
+
+    def report(self, load: worker_pb2.LoadReport, now: float) -> None:
+        if load.engine_step != self.load.engine_step or not load.running:
+            self._step_changed_s = now
+        self.load = load
+        self._view = None
+
+    def judge_stall(self, now: float) -> bool:
+        """True when the engine has just been found to hang."""
+        patience_s = max(STALL_S, STALL_STEPS * self.load.step_ms / 1000)
+        stalled = bool(self.load.running) and now - self._step_changed_s > patience_s
+        found = stalled and not self.stalled
+        if stalled != self.stalled:
+            self.stalled = stalled
+            self._view = None
+        return found
+
+    def member_changed(self, member: Member) -> None:
+        if member.takes_work != self.member.takes_work or member.state != self.member.state:
+            self._view = None
+        self.member = member
+
+    def bear(self, burden: Burden) -> None:
+        self._add(burden, 1)
+
+    def relieve(self, burden: Burden) -> None:
+        self._add(burden, -1)
+
+    def _add(self, burden: Burden, sign: int) -> None:
+        self._prefill_tokens += sign * burden.prefill_tokens
+        self._sequences += sign * burden.sequences
+        self._unreported_blocks += sign * burden.unreported_blocks
+        self._view = None
+
+    def view(self) -> WorkerView:
+        if self._view is None:
+            self._view = self._made_view()
+        return self._view
+
+    def _made_view(self) -> WorkerView:
+        load, info = self.load, self.info
+        roles = self.roles()
+        return WorkerView(
+            worker_id=self.worker_id,
+            ready=self.member.takes_work,
+            draining=self.member.state == "DRAINING" or load.draining,
+            stalled=self.stalled,
+            prefill="prefill" in roles,
+            decode="decode" in roles,
+            identity=info.identity.digest,
+            transports=tuple(endpoint.transport for endpoint in info.kv_endpoints),
+            max_context_tokens=info.capabilities.max_context_tokens,
+            block_tokens=max(1, info.capabilities.block_tokens),
+            blocks_total=max(1, load.blocks_total),
+            blocks_free=max(0, load.blocks_free - self._unreported_blocks),
+            pending_prefill_tokens=max(load.waiting_tokens, self._prefill_tokens),
+            sequences=max(load.running, self._sequences),
+            max_batch=max(1, info.capabilities.max_batch),
+            token_budget=max(1, info.capabilities.token_budget),
+        )
+
+    def roles(self) -> tuple[RoleName, ...]:
+        return tuple(_ROLE_NAMES[role] for role in self.load.roles if role in _ROLE_NAMES)
+
+    def status(self, now: float) -> WorkerStatus:
+        info, load, member = self.info, self.load, self.member
+        return WorkerStatus(
+            id=self.worker_id,
+            roles=self.roles(),
+            state=member.state,
+            pid=info.pid,
+            engine_pid=info.engine_pid,
+            address=info.address,
+            version=info.version,
+            incarnation=str(info.incarnation),
+            kv_endpoints=tuple(KvEndpointStatus(each.transport, each.address) for each in info.kv_endpoints),
+            blocks_total=load.blocks_total,
+            blocks_free=load.blocks_free,
+            blocks_leaked=load.blocks_leaked,
+            reserved_blocks=load.reserved_blocks,
+            running=load.running,
+            waiting=load.waiting,
+            waiting_tokens=load.waiting_tokens,
+            dispatches=self.dispatches,
+            step_ms=load.step_ms,
+            engine_step=load.engine_step,
+            stalled=self.stalled,
+            prefix_queries=load.prefix_queries,
+            prefix_hits=load.prefix_hits,
+            preemptions=load.preemptions,
+            verify_failures=load.verify_failures,
+            expired_leases=load.expired_leases,
+            resident_bytes=load.resident_bytes,
+            silent_s=max(0.0, now - member.heard_s),
+            lost_reason=member.lost_reason,
+        )
