@@ -64,13 +64,15 @@ class WaitingQueue(Generic[Item]):
     def new_requests(self) -> int:
         return self._new
 
-    def check_room(self) -> None:
-        """Raises Overloaded where one more new request would exceed the bound."""
-        if self._new >= self._limits.queue_limit:
-            raise Overloaded(
-                f"{self._new} requests wait for a worker already. Retry later, or add workers.",
-                retry_after_s=RETRY_AFTER_FULL_S,
-            )
+    @property
+    def over_limit(self) -> bool:
+        return self._new > self._limits.queue_limit
+
+    def full(self) -> Overloaded:
+        return Overloaded(
+            f"{self._limits.queue_limit} requests wait for a worker already. Retry later, or add workers.",
+            retry_after_s=RETRY_AFTER_FULL_S,
+        )
 
     def enter(self, entry: Waiting[Item]) -> None:
         """Takes its place; one that came back keeps the one it had."""

@@ -53,6 +53,7 @@ class ChoiceState(msgspec.Struct, frozen=True):
     next_index: int = 0
     held: tuple[Token, ...] = ()
     prefill_deaths: int = 0
+    suspect: int = 0  # attempt that was refused during prefill: its worker's death may still become known
     since_s: float = 0.0  # when `phase` was entered
 
 
@@ -137,9 +138,9 @@ def step(state: ChoiceState, event: Event, now: float) -> Step:
         case Activated(attempt=attempt):
             return (_activate(state, now), ()) if _is_current(state, attempt) else (state, ())
         case Lost(attempt=attempt):
-            return _lost(state, event, now) if _is_current(state, attempt) else (state, ())
+            return _lost(state, event, now) if _is_current(state, attempt) else _lost_late(state, event, now)
         case Refused(attempt=attempt, error=error):
-            return _retry(state, error, now) if _is_current(state, attempt) else (state, ())
+            return _refused(state, error, now) if _is_current(state, attempt) else (state, ())
         case Fatal(error=error):
             return _end(state, "FAILED", now, Fail(error))
         case StopMatched():
@@ -166,6 +167,7 @@ def _dispatched(state: ChoiceState, attempt: int, split: bool, now: float) -> St
         first_index=state.next_index,
         next_index=state.next_index,
         prefill_deaths=state.prefill_deaths,
+        suspect=state.suspect,
         since_s=now,
     )
     return following, ()
@@ -201,6 +203,7 @@ def _advance(state: ChoiceState, token: Token, now: float) -> ChoiceState:
         state.next_index + 1,
         () if phase == "FINISHED" else state.held,
         state.prefill_deaths,
+        state.suspect,
         state.since_s if phase == state.phase else now,
     )
 
@@ -232,11 +235,30 @@ def _activate(state: ChoiceState, now: float) -> ChoiceState:
 def _lost(state: ChoiceState, event: Lost, now: float) -> Step:
     if event.side == "prefill" and state.phase == "DECODING":
         return state, ()  # its part was done
-    if state.phase == "PREFILLING" and event.side != "decode":
-        state = msgspec.structs.replace(state, prefill_deaths=state.prefill_deaths + 1)
-        if state.prefill_deaths >= DEATHS_TO_QUARANTINE:
-            return _end(state, "FAILED", now, Fail(_quarantined(state.prefill_deaths)))
-    return _retry(state, event.error, now)
+    if state.phase != "PREFILLING" or event.side == "decode":
+        return _retry(state, event.error, now)
+    state, commands = _count_death(state, now)
+    return (state, commands) if state.phase in FINAL else _retry(state, event.error, now)
+
+
+def _lost_late(state: ChoiceState, event: Lost, now: float) -> Step:
+    """The other worker of the pair had told of the failed hand-off before the death was known."""
+    if event.attempt != state.suspect or event.side == "decode":
+        return state, ()
+    return _count_death(msgspec.structs.replace(state, suspect=0), now)
+
+
+def _count_death(state: ChoiceState, now: float) -> Step:
+    state = msgspec.structs.replace(state, prefill_deaths=state.prefill_deaths + 1)
+    if state.prefill_deaths < DEATHS_TO_QUARANTINE:
+        return state, ()
+    return _end(state, "FAILED", now, Fail(_quarantined(state.prefill_deaths)))
+
+
+def _refused(state: ChoiceState, error: PdserveError, now: float) -> Step:
+    if state.phase == "PREFILLING":
+        state = msgspec.structs.replace(state, suspect=state.attempt)
+    return _retry(state, error, now)
 
 
 def _retry(state: ChoiceState, error: PdserveError, now: float) -> Step:

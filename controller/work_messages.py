@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from controller.request import SamplingSpec
+from pdserve.errors import PdserveError, error_from_reason
 from pdserve.v1 import types_pb2, worker_pb2
 
 UINT64 = 2**64 - 1
@@ -51,3 +52,7 @@ def cancel(request_key: int, attempt: int, choices: Iterable[int] = ()) -> worke
     """Empty `choices` = all of the dispatch."""
     message = worker_pb2.CancelDispatch(dispatch=dispatch_id(request_key, attempt), choices=choices)
     return worker_pb2.SessionRequest(cancel=message)
+
+
+def refusal_error(refusal: worker_pb2.Refusal) -> PdserveError:
+    return error_from_reason(refusal.reason, refusal.message)

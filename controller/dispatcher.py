@@ -1,0 +1,365 @@
+"""Owns who computes what: takes groups from the queue to workers, folds what workers say into requests, and starts again
+what was lost. Everything here runs to completion without waiting; time comes in through `tick`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from controller import work_messages
+from controller.admission import Waiting, WaitingQueue, note_shortage
+from controller.dispatch import Dispatch, Group, burdens_of, work_of
+from controller.dispatch_table import DispatchTable
+from controller.fleet import Fleet
+from controller.lifecycle import FINAL, Dispatched, Lost, Refused
+from controller.live_request import LiveRequest
+from controller.operations import Outcome as AttemptOutcome
+from controller.operations import RequestState
+from controller.placement.decision import Pick
+from controller.placement.explain import Placed
+from controller.placement.place import place
+from controller.placement.policies import Policy
+from controller.placement.snapshot import Demand
+from controller.request_metrics import RequestObserver
+from controller.timeline import AttemptNotes
+from pdserve.errors import NoCapacity, PdserveError, PromptTooLong, WorkerLost
+from pdserve.v1 import worker_pb2
+from service_kit.logs import get_logger
+
+RESERVE_ANSWER_S = 5.0
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementSettings:
+    policy_name: str
+    policy: Policy
+    transport: str  # empty = the best common one
+
+
+class Dispatcher:
+    def __init__(
+        self,
+        fleet: Fleet,
+        queue: WaitingQueue[Group],
+        settings: PlacementSettings,
+        observer: RequestObserver,
+        clock: Callable[[], float],
+        rng: Random,
+    ) -> None:
+        self._fleet = fleet
+        self._queue = queue
+        self._settings = settings
+        self._observer = observer
+        self._clock = clock
+        self._rng = rng
+        self._pumping = False
+        self._pump_again = False
+        self._requeued = False
+        self.table = DispatchTable(fleet)
+        self.on_done: Callable[[LiveRequest], None] = lambda live: None
+
+    # ---- into the queue, out of it
+
+    def admit(self, live: LiveRequest) -> None:
+        """A request that cannot be placed at once while the queue is full fails with Overloaded."""
+        now = self._clock()
+        entry = self._enqueue(Group(live, tuple(range(live.request.n))), now, retry=False)
+        self.pump()
+        if entry.short is not None and self._queue.over_limit:
+            self.fail(live, self._queue.full())
+
+    def _enqueue(self, group: Group, now: float, *, retry: bool) -> Waiting[Group]:
+        request = group.live.request
+        entry = Waiting(group, request.priority, retry, now, request.route)
+        self._queue.enter(entry)
+        self.table.add_waiting(entry, group.live.timeline.begin("queue", 0, "", now))
+        return entry
+
+    def pump(self, changed_worker: str = "") -> None:
+        """Places what can be placed now."""
+        if not len(self._queue):
+            return
+        if changed_worker:
+            for entry in self._queue.entries():
+                entry.refused_now.discard(changed_worker)
+        if self._pumping:
+            self._pump_again = True
+            return
+        self._pumping = True
+        try:
+            self._pump_again = True
+            while self._pump_again:
+                self._pump_again = False
+                self._place_waiting()
+        finally:
+            self._pumping = False
+
+    def _place_waiting(self) -> None:
+        now = self._clock()
+        for entry in self._queue.candidates():
+            live = entry.item.live
+            demand = self._demand(entry)
+            snapshot = self._fleet.snapshot()
+            outcome = place(snapshot, demand, self._settings.policy, self._rng)
+            changed = outcome.pick is not None or outcome.shortage != entry.short
+            attempt = live.next_attempt() if outcome.pick is not None else 0
+            if changed:
+                name, policy = self._settings.policy_name, self._settings.policy
+                at_s = now - live.timeline.arrived_s
+                live.timeline.placed(Placed(snapshot, demand, name, policy, outcome, attempt, at_s))
+                self._observer.decided(name, outcome.reason)
+            if outcome.pick is not None:
+                self._queue.leave(entry)
+                entry.short = None
+                self._dispatch(entry, outcome.pick, attempt, now)
+            elif outcome.shortage == "too_long":
+                self.fail(live, self._too_long(demand))
+            elif outcome.shortage is not None:
+                note_shortage(entry, outcome.shortage, now)
+
+    def _demand(self, entry: Waiting[Group]) -> Demand:
+        live, choices = entry.item.live, entry.item.choices
+        request = live.request
+        return Demand(
+            tokens=request.prompt_tokens + len(live.outputs[choices[0]].token_ids),
+            limit_tokens=request.prompt_tokens + request.sampling.max_tokens,
+            choices=len(choices),
+            transport=(request.route.transport if request.route else "") or self._settings.transport,
+            route=request.route,
+            refused_now=frozenset(entry.refused_now),
+            bad_pairs=frozenset(live.bad_pairs),
+        )
+
+    def _too_long(self, demand: Demand) -> PdserveError:
+        views = self._fleet.snapshot().workers
+        context = max((view.max_context_tokens for view in views if view.ready), default=0)
+        pool = max((view.blocks_total * view.block_tokens for view in views if view.ready), default=0)
+        return PromptTooLong.of(max(demand.limit_tokens, demand.tokens), min(context, pool))
+
+    # ---- to the workers
+
+    def _dispatch(self, entry: Waiting[Group], pick: Pick, attempt: int, now: float) -> None:
+        group, live = entry.item, entry.item.live
+        decode = self._fleet.record(pick.decode_worker)
+        assert decode is not None, "picked from a snapshot of this moment"
+        work = work_of(group, attempt, decode.info.identity.digest)
+        resumed = len(live.outputs[group.choices[0]].token_ids)
+        notes = AttemptNotes(
+            attempt, group.choices, pick.kind, pick.prefill_worker, pick.decode_worker, pick.transport, resumed
+        )
+        live.timeline.dispatched(notes)
+        self.table.close_queue_stage(entry, attempt, now)
+        split = pick.kind == "split"
+        clock = live.timeline.begin("reserve" if split else "prefill", attempt, pick.decode_worker, now)
+        dispatch = Dispatch(
+            group, entry, attempt, pick, work, notes, "reserving", now + RESERVE_ANSWER_S, clock, set(group.choices)
+        )
+        tokens = live.request.prompt_tokens + resumed
+        self.table.add(dispatch, burdens_of(pick, tokens, len(group.choices), decode.view().block_tokens))
+        if split:
+            self._fleet.send(pick.decode_worker, work_messages.reserve(work, pick.transport))
+        else:
+            self._run(dispatch, now)
+            self._fleet.send(pick.decode_worker, work_messages.generate(work))
+
+    def _run(self, dispatch: Dispatch, now: float) -> None:
+        dispatch.stage = "running"
+        for choice in dispatch.group.choices:
+            dispatch.live.apply(choice, Dispatched(dispatch.attempt, dispatch.split), now)
+        dispatch.live.wants.entered.clear()
+
+    def reserve_answered(self, worker_id: str, result: worker_pb2.ReserveResult) -> None:
+        dispatch = self.table.find(result.dispatch.request_key, result.dispatch.attempt)
+        if dispatch is None or dispatch.stage != "reserving" or dispatch.pick.decode_worker != worker_id:
+            if result.HasField("granted"):
+                self._fleet.send(worker_id, work_messages.cancel(result.dispatch.request_key, result.dispatch.attempt))
+            return
+        if result.HasField("granted"):
+            self._granted(dispatch, result.granted)
+        else:
+            self.reservation_failed(dispatch, work_messages.refusal_error(result.refused))
+
+    def _granted(self, dispatch: Dispatch, grant: worker_pb2.Grant) -> None:
+        now, pick = self._clock(), dispatch.pick
+        self.table.granted(dispatch)
+        self.table.next_stage(dispatch, "prefill", pick.prefill_worker, now)
+        decode = self._fleet.record(pick.decode_worker)
+        assert decode is not None
+        self._run(dispatch, now)
+        self._fleet.send(pick.prefill_worker, work_messages.prefill(dispatch.work, grant, decode.info.address))
+
+    def reservation_failed(self, dispatch: Dispatch, error: PdserveError) -> None:
+        """The next candidate; where everybody refuses, the group waits until something changes."""
+        if not error.retryable:
+            self._end_dispatch(dispatch, "refused", error)
+            self.fail(dispatch.live, error)
+            return
+        self._requeue_unserved(dispatch, "refused", error)
+        self.pump()
+
+    def _requeue_unserved(self, dispatch: Dispatch, outcome: AttemptOutcome, error: PdserveError) -> None:
+        """Back to its place in the queue: nothing of it has run."""
+        now, entry = self._clock(), dispatch.waiting
+        self._end_dispatch(dispatch, outcome, error)
+        entry.refused_now.add(dispatch.pick.decode_worker)
+        self._queue.enter(entry)
+        self.table.add_waiting(entry, dispatch.live.timeline.begin("queue", 0, "", now))
+
+    # ---- from the workers: see `dispatch_events` for tokens and reports
+
+    def refused(self, dispatch: Dispatch, choices: set[int], error: PdserveError, now: float) -> None:
+        """The attempt is over for `choices`; another may do better."""
+        for choice in sorted(choices & dispatch.open):
+            dispatch.live.apply(choice, Refused(dispatch.attempt, error), now)
+
+    def lost(self, worker_id: str, error: WorkerLost) -> None:
+        now = self._clock()
+        for dispatch in self.table.at(worker_id):
+            live = dispatch.live
+            if not self.table.holds(dispatch):
+                continue  # its request failed with one before it
+            if dispatch.stage == "reserving":
+                self._fleet.send(dispatch.pick.decode_worker, work_messages.cancel(live.key, dispatch.attempt))
+                self._requeue_unserved(dispatch, "lost", error)
+                continue
+            side = dispatch.side_of(worker_id)
+            for choice in sorted(dispatch.open):
+                live.apply(choice, Lost(dispatch.attempt, side, error), now)
+            if live.wants.requeue:
+                live.migration = "prefill_lost" if side == "prefill" else "decode_lost"
+            self.settle(live, now, error)
+            self.table.leave(dispatch, worker_id)
+        for suspect in self.table.take_suspects(worker_id, now):
+            for choice in suspect.choices:
+                suspect.live.apply(choice, Lost(suspect.attempt, "prefill", error), now)
+            self.settle(suspect.live, now, error)
+        self.pump()
+
+    def reconciled(self, worker_id: str, snapshot: worker_pb2.WorkerSnapshot, own_prefix: int) -> None:
+        """After a redial: commands that the broken stream swallowed are found by what the worker does not hold."""
+        now = self._clock()
+        held = {(each.dispatch.request_key, each.dispatch.attempt) for each in snapshot.held}
+        for dispatch in self.table.at(worker_id):
+            if (dispatch.live.key, dispatch.attempt) in held:
+                continue
+            error = WorkerLost(f"Worker {worker_id} did not hold the dispatch after a reconnect.")
+            if dispatch.stage == "reserving":
+                self._requeue_unserved(dispatch, "lost", error)
+            else:
+                self.refused(dispatch, dispatch.open, error, now)
+                self.settle(dispatch.live, now, error)
+        for key, attempt in held:
+            if key >> 32 == own_prefix and self.table.find(key, attempt) is None:
+                self._fleet.send(worker_id, work_messages.cancel(key, attempt))
+
+    # ---- carrying out what requests want
+
+    def settle(self, live: LiveRequest, now: float, error: PdserveError | None = None, refuser: str = "") -> None:
+        """Carries out `live.wants`. `error`: what caused it, for the record; `refuser`: who should not be asked again at once."""
+        wants = live.wants
+        while wants:
+            cancel, requeue, entered = wants.cancel[:], wants.requeue[:], wants.entered[:]
+            wants.cancel.clear()
+            wants.requeue.clear()
+            wants.entered.clear()
+            self._send_cancels(live, cancel)
+            for attempt, choice, phase in entered:
+                self._entered(live, attempt, choice, phase, now, error)
+            if requeue and live.error is None:
+                for choices in live.groups(requeue):
+                    entry = self._enqueue(Group(live, choices), now, retry=True)
+                    entry.refused_now.update({refuser} - {""})
+                self._requeued = True
+        live.wake()
+        if live.done:
+            self._finish(live, now)
+        elif self._requeued:
+            self._requeued = False
+            self.pump()
+
+    def _send_cancels(self, live: LiveRequest, cancels: list[tuple[int, int]]) -> None:
+        choices_by_attempt: dict[int, set[int]] = {}
+        for attempt, choice in cancels:
+            choices_by_attempt.setdefault(attempt, set()).add(choice)
+        for attempt, choices in choices_by_attempt.items():
+            dispatch = self.table.find(live.key, attempt)
+            if dispatch is None:
+                continue
+            named = () if choices >= dispatch.open else sorted(choices)
+            for worker_id in dispatch.burdens:
+                self._fleet.send(worker_id, work_messages.cancel(live.key, attempt, named))
+
+    def _entered(
+        self, live: LiveRequest, attempt: int, choice: int, phase: RequestState, now: float, error: PdserveError | None
+    ) -> None:
+        dispatch = self.table.find(live.key, attempt)
+        if dispatch is None:
+            return
+        if phase == "TRANSFERRING":
+            self.table.prefilled(dispatch, now)
+        elif phase == "DECODING":
+            self.table.decoding(dispatch, now)
+        elif phase in FINAL or phase == "QUEUED":
+            dispatch.open.discard(choice)
+            if not dispatch.open:
+                outcome: AttemptOutcome = _OUTCOMES.get(phase, "lost" if isinstance(error, WorkerLost) else "failed")
+                self._end_dispatch(dispatch, outcome, live.error or error)
+
+    def _end_dispatch(self, dispatch: Dispatch, outcome: AttemptOutcome, error: PdserveError | None) -> None:
+        dispatch.notes.outcome = outcome
+        if error is not None and outcome not in ("finished", "cancelled"):
+            dispatch.notes.reason, dispatch.notes.message = error.reason, error.message
+        self.table.remove(dispatch, self._clock())
+
+    # ---- ends
+
+    def fail(self, live: LiveRequest, error: PdserveError) -> None:
+        now = self._clock()
+        live.fail(error, now)
+        self.settle(live, now, error)
+
+    def cancel(self, live: LiveRequest) -> None:
+        now = self._clock()
+        live.cancel(now)
+        self.settle(live, now)
+
+    def _finish(self, live: LiveRequest, now: float) -> None:
+        if live.timeline.ended_s is not None:
+            return
+        for entry in self.table.waiting_of(live):
+            self._queue.leave(entry)
+            self.table.close_queue_stage(entry, 0, now)
+        for dispatch in list(live.dispatches.values()):  # still reserving: the answer is not wanted any more
+            self._fleet.send(dispatch.pick.decode_worker, work_messages.cancel(live.key, dispatch.attempt))
+            self._end_dispatch(dispatch, "cancelled", None)
+        live.timeline.ended_s = now
+        live.refresh_timeline()
+        live.timeline.refresh = None
+        if live.error is not None:
+            if live.migration is not None:
+                self._observer.migrated(live.take_migration(), "failed")
+            live.timeline.error, live.timeline.error_message = live.error.reason, live.error.message
+        self._observer.ended(live)
+        self.on_done(live)
+        if len(self._queue):
+            self.pump()
+
+    def tick(self, now: float, absent_since_s: float | None) -> None:
+        for dispatch in self.table.unanswered(now):
+            self._fleet.send(dispatch.pick.decode_worker, work_messages.cancel(dispatch.live.key, dispatch.attempt))
+            error = NoCapacity(f"Worker {dispatch.pick.decode_worker} did not answer within {RESERVE_ANSWER_S:g} s.")
+            self._requeue_unserved(dispatch, "refused", error)
+        for entry, failure in self._queue.expired(now, absent_since_s):
+            self.fail(entry.item.live, failure)
+        self.pump()
+
+
+_OUTCOMES: dict[RequestState, AttemptOutcome] = {
+    "FINISHED": "finished",
+    "FAILED": "failed",
+    "CANCELLED": "cancelled",
+}

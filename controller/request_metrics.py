@@ -1,0 +1,117 @@
+"""Owns when the controller's metrics are observed: at arrivals, first tokens, batches and ends, never by request id."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from controller.live_request import LiveRequest
+from controller.operations import StageName
+from controller.worker_record import WorkerRecord
+from pdserve.errors import LeaseExpired, PdserveError, TransferFailed
+from pdserve.v1 import worker_pb2
+from service_kit.metrics import FinishedReason, FleetLoad, Metrics, MigrationKind, RequestTimes, TransferFailure
+
+_STAGES: tuple[StageName, ...] = ("queue", "reserve", "prefill", "transfer", "decode")
+MICROSECONDS = 1e-6
+
+
+class RequestObserver:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._prefix_seen: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def accepted(self, live: LiveRequest) -> None:
+        self._metrics.requests.accepted(live.request.prompt_tokens)
+
+    def rejected(self, error: PdserveError) -> None:
+        self._metrics.requests.rejected(error.reason)
+
+    def tokens(self, count: int, gaps_s: list[float]) -> None:
+        self._metrics.requests.tokens(count)
+        for gap_s in gaps_s:
+            self._metrics.requests.token_gap(gap_s)
+
+    def first_token(self, live: LiveRequest, now: float) -> None:
+        self._metrics.requests.first_token(now - live.timeline.arrived_s)
+
+    def decided(self, policy: str, reason: str) -> None:
+        self._metrics.routing.decided(policy, reason)
+
+    def migrated(self, kind: MigrationKind, outcome: Literal["resumed", "failed"]) -> None:
+        self._metrics.routing.migrated(kind, outcome)
+
+    def handed_over(self, report: worker_pb2.HandoffReport) -> None:
+        self._metrics.transfer.handed_over(
+            report.transport, report.bytes, report.transfer_us * MICROSECONDS, report.exposed_us * MICROSECONDS
+        )
+
+    def transfer_failed(self, error: PdserveError) -> None:
+        kind: TransferFailure | None = None
+        if isinstance(error, TransferFailed):
+            kind = "timeout" if isinstance(error, LeaseExpired) else "connection"
+            kind = "checksum" if error.reason == "kv_corrupt" else kind
+        if kind is not None:
+            self._metrics.transfer.failed(kind)
+
+    def ended(self, live: LiveRequest) -> None:
+        timeline = live.timeline
+        assert timeline.ended_s is not None
+        if live.error is not None and timeline.first_token_s is None:
+            self.rejected(live.error)
+        first_s = timeline.first_token_s if timeline.first_token_s is not None else timeline.ended_s
+        queue_s = timeline.seconds("queue")
+        times = RequestTimes(
+            queue_s=queue_s,
+            prefill_s=max(0.0, first_s - timeline.arrived_s - queue_s),
+            decode_s=timeline.ended_s - first_s,
+            total_s=timeline.ended_s - timeline.arrived_s,
+            output_tokens=max(len(output.token_ids) for output in live.outputs),
+        )
+        self._metrics.requests.finished(_finished_reason(live), times)
+        for name in _STAGES:
+            seconds = timeline.seconds(name)
+            if seconds:
+                self._metrics.requests.stage(name, seconds)
+
+    def lag(self, seconds: float) -> None:
+        self._metrics.event_loop_lag(seconds)
+
+    def fleet(self, records: list[WorkerRecord], queued: int) -> None:
+        """Sums over all workers that are there; called about once a second."""
+        here = [record for record in records if record.member.state in ("READY", "DRAINING")]
+        ready = [record.view() for record in here if record.member.takes_work]
+        load = FleetLoad(
+            running=sum(record.load.running for record in here),
+            waiting=queued + sum(record.load.waiting for record in here),
+            blocks_total=sum(record.load.blocks_total for record in here),
+            blocks_free=sum(record.load.blocks_free for record in here),
+            blocks_leaked=sum(record.load.blocks_leaked for record in here),
+            ready_workers={
+                "prefill": sum(view.prefill for view in ready),
+                "decode": sum(view.decode for view in ready),
+            },
+        )
+        self._metrics.fleet.load(load)
+        self._prefix_lookups(here)
+        if ready:
+            self._metrics.fleet.cache_config(ready[0].block_tokens, load.blocks_total)
+
+    def _prefix_lookups(self, records: list[WorkerRecord]) -> None:
+        """Growth since the last look, of each incarnation."""
+        seen = {
+            (record.worker_id, record.info.incarnation): (record.load.prefix_queries, record.load.prefix_hits)
+            for record in records
+        }
+        queries = hits = 0
+        for name, (queries_now, hits_now) in seen.items():
+            queries_before, hits_before = self._prefix_seen.get(name, (0, 0))
+            queries += max(0, queries_now - queries_before)
+            hits += max(0, hits_now - hits_before)
+        self._prefix_seen = seen
+        self._metrics.fleet.prefix_lookups(queries, hits)
+
+
+def _finished_reason(live: LiveRequest) -> FinishedReason:
+    if live.error is not None:
+        return "error"
+    return live.outputs[0].finish_reason or "cancelled"
