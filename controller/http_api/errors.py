@@ -11,9 +11,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from controller.http_api.advice import advice_for
-from pdserve.errors import InternalError, InvalidRequest, PdserveError
+from pdserve.errors import InternalError, InvalidRequest, PdserveError, RequestQuarantined
+from service_kit.logs import get_logger
 
 DEFAULT_RETRY_AFTER_S = 1.0
+_log = get_logger(__name__)
 
 
 class ErrorFields(TypedDict):
@@ -33,15 +35,12 @@ def request_id_of(request: Request) -> str:
 
 
 def envelope(error: PdserveError, request_id: str) -> ErrorEnvelope:
-    """Of a bug only the request id is told."""
-    message = error.message
-    if isinstance(error, InternalError):
-        message = (
-            f"Internal error. Report it with the request id {request_id}, under which the server's log has the cause."
-        )
-    return {
-        "error": {"message": message, "type": error.http_type, "param": error.param, "code": error.reason},
-    }
+    """Of a bug only the request id is told; its cause is in the log."""
+    message, code = error.message, error.reason
+    if error.http_status == 500 and not isinstance(error, RequestQuarantined):
+        message = f"Internal error. Report it with the request id {request_id}, under which the server's log has the cause."
+        code = InternalError.reason
+    return {"error": {"message": message, "type": error.http_type, "param": error.param, "code": code}}
 
 
 def error_response(error: PdserveError, request_id: str) -> Response:
@@ -57,7 +56,10 @@ def error_response(error: PdserveError, request_id: str) -> Response:
 
 def _on_pdserve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PdserveError)
-    return error_response(error, request_id_of(request))
+    request_id = request_id_of(request)
+    if error.http_status == 500:
+        _log.exception("request_failed", error, request_id=request_id, path=request.url.path)
+    return error_response(error, request_id)
 
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -87,7 +89,13 @@ def _on_validation_error(request: Request, error: Exception) -> Response:
     return error_response(refused, request_id_of(request))
 
 
+def _on_bug(request: Request, error: Exception) -> Response:
+    """Starlette raises the error again after this answer, and `guards.RequestIds` logs it."""
+    return error_response(InternalError(str(error)), request_id_of(request))
+
+
 def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(Exception, _on_bug)
     app.add_exception_handler(PdserveError, _on_pdserve_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

@@ -10,7 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controller.http_api.errors import error_response
-from pdserve.errors import InternalError, InvalidApiKey, PdserveError, RequestTooLarge
+from controller.http_api.request_ids import LiveIds
+from pdserve.errors import InternalError, InvalidApiKey, RequestTooLarge
 from service_kit.api_keys import ApiKeys
 from service_kit.logs import get_logger
 
@@ -27,6 +28,7 @@ class RequestIds:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._live = LiveIds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,7 +36,6 @@ class RequestIds:
             return
         presented = Headers(scope=scope).get("x-request-id", "")
         request_id = presented if _REQUEST_ID.fullmatch(presented) else secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -45,7 +46,9 @@ class RequestIds:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            with self._live.hold(request_id) as run_id:
+                scope["state"] = {**scope.get("state", {}), "request_id": request_id, "run_id": run_id}
+                await self._app(scope, receive, send_with_id)
         except Exception as error:  # the root of this request's task
             _log.exception("request_failed", error, request_id=request_id, path=scope["path"])
             if not started:
@@ -60,7 +63,11 @@ class KeyCheck:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._keys.accepts(Headers(scope=scope).get("authorization")):
+        if (
+            scope["type"] != "http"
+            or scope["path"] in OPEN_PATHS
+            or self._keys.accepts(Headers(scope=scope).get("authorization"))
+        ):
             await self._app(scope, receive, send)
         else:
             refused = InvalidApiKey("No valid API key. Send the header `Authorization: Bearer KEY`.")
@@ -68,7 +75,7 @@ class KeyCheck:
 
 
 class BodyLimit:
-    """Answers 413 by Content-Length, before parsing; a chunked body that grows too large raises out of `receive`."""
+    """Answers 413 by Content-Length, before parsing; a chunked body that grows too large raises it out of `receive`."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -86,38 +93,30 @@ class BodyLimit:
             await self._refuse(scope, receive, send)
             return
         received = 0
-        started = False
 
         async def bounded() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._limit:
-                raise _TooLarge
+                raise self._error()
             return message
 
-        async def noting(message: Message) -> None:
-            nonlocal started
-            started = True
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 413:
+                await _drain(receive, self._limit * DRAIN_FACTOR)
+                MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
-        try:
-            await self._app(scope, bounded, noting)
-        except _TooLarge:
-            if started:
-                raise
-            await _drain(receive, self._limit * DRAIN_FACTOR)
-            await self._refuse(scope, receive, send)
+        await self._app(scope, bounded, closing)
+
+    def _error(self) -> RequestTooLarge:
+        return RequestTooLarge(f"The body is larger than {self._limit} bytes. Send a smaller one.")
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error: PdserveError = RequestTooLarge(f"The body is larger than {self._limit} bytes. Send a smaller one.")
-        response = error_response(error, scope["state"]["request_id"])
+        response = error_response(self._error(), scope["state"]["request_id"])
         response.headers["connection"] = "close"
         await response(scope, receive, send)
-
-
-class _TooLarge(Exception):
-    """Not a PdserveError: it must pass the routes' error handlers, up to where the connection can be closed."""
 
 
 async def _drain(receive: Receive, room_bytes: int) -> None:

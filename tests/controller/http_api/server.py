@@ -1,0 +1,68 @@
+"""Owns a real HTTP server of the tests: uvicorn in a thread, on a free port, over the twins."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from controller.http_api.app import create_app
+from controller.operations import ModelInfo
+from service_kit.api_keys import ApiKeys
+from service_kit.config import ControllerConfig
+from service_kit.metrics import Metrics
+from tests.controller.http_api.twins import GeneratorTwin, OperationsTwin
+from tests.tokenization.fixtures import byte_level_backend, write_model_dir
+from tokenization.chat_template import ChatTemplate
+from tokenization.tokenizer import Tokenizer
+
+CONTEXT_TOKENS = 256
+MAX_BODY_BYTES = 64 * 1024
+KEEPALIVE_S = 0.2
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ApiServer:
+    port: int
+    generator: GeneratorTwin
+    operations: OperationsTwin
+    tokenizer: Tokenizer
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20)
+
+
+def tiny_model(folder: Path) -> ModelInfo:
+    write_model_dir(folder, byte_level_backend())
+    return ModelInfo("tiny", 1, CONTEXT_TOKENS, Tokenizer.load(folder), ChatTemplate.load(folder))
+
+
+@contextmanager
+def serve(folder: Path, api_keys: ApiKeys = ApiKeys()) -> Iterator[ApiServer]:  # noqa: B008 (frozen)
+    model = tiny_model(folder)
+    generator, operations = GeneratorTwin(model.tokenizer), OperationsTwin()
+    config = ControllerConfig(max_body_bytes=MAX_BODY_BYTES, sse_keepalive_s=KEEPALIVE_S, max_choices=4)
+    app = create_app(generator, operations, model, config, Metrics("tiny"), api_keys)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        server = uvicorn.Server(uvicorn.Config(app, loop="uvloop", http="httptools", log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield ApiServer(listener.getsockname()[1], generator, operations, model.tokenizer)
+        finally:
+            server.should_exit = True
+            thread.join(STOP_TIMEOUT_S)
+            assert not thread.is_alive(), "the server did not stop"

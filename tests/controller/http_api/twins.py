@@ -1,0 +1,168 @@
+"""Owns the in-memory twins of what stands behind the HTTP API: a scripted generator and an operator's desk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+from controller.operations import ClusterStatus, RequestSummary, RequestTimeline, RoleName, WorkerStatus
+from controller.placement.decision import Candidate, Decision, Pick
+from controller.request import Begun, Delta, GenerationRequest, Logprobs
+from pdserve.errors import NotFound
+from tokenization.detokenizer import Detokenizer
+from tokenization.stop_strings import StopMatcher
+from tokenization.tokenizer import Tokenizer, ids_from_bytes
+
+OUTPUT = "café 你好 🙂 the quick brown fox jumps over naïve text\n"
+
+
+@dataclass(slots=True)
+class Script:
+    """How the next requests go."""
+
+    output: str = OUTPUT
+    fail_first: Exception | None = None  # instead of Begun
+    fail_after: tuple[int, Exception] | None = None  # after so many tokens
+    hang_after: int | None = None  # for ever, after so many tokens
+    cached_tokens: int = 3
+
+
+@dataclass(slots=True)
+class GeneratorTwin:
+    """Deterministic: every choice says the script's output, over and over, one token per step."""
+
+    tokenizer: Tokenizer
+    script: Script = field(default_factory=Script)
+    requests: list[GenerationRequest] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    live: set[str] = field(default_factory=set)
+
+    def reset(self) -> None:
+        self.script = Script()
+        self.requests.clear()
+        self.closed.clear()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Begun | Delta]:
+        assert request.request_id not in self.live, "two live requests with one id"
+        self.requests.append(request)
+        self.live.add(request.request_id)
+        script = self.script
+        try:
+            if script.fail_first is not None:
+                raise script.fail_first
+            yield Begun(script.cached_tokens, self._prompt_logprobs(request))
+            voices = [_Voice(self.tokenizer, request, choice, script.output) for choice in range(request.n)]
+            for step in range(request.sampling.max_tokens):
+                if script.fail_after is not None and step >= script.fail_after[0]:
+                    raise script.fail_after[1]
+                if script.hang_after is not None and step >= script.hang_after:
+                    await asyncio.Event().wait()
+                for voice in voices:
+                    if not voice.done:
+                        yield voice.step(step)
+                if all(voice.done for voice in voices):
+                    break
+                await asyncio.sleep(0)
+        finally:
+            self.live.discard(request.request_id)
+            self.closed.append(request.request_id)
+
+    async def cancel(self, request_id: str) -> bool:
+        return request_id in self.live
+
+    def _prompt_logprobs(self, request: GenerationRequest) -> tuple[Logprobs, ...]:
+        if request.sampling.prompt_logprobs is None:
+            return ()
+        ids = ids_from_bytes(request.token_ids)
+        return (Logprobs((), ()), *(_logprobs(token, request.sampling.prompt_logprobs) for token in ids[1:]))
+
+
+class _Voice:
+    def __init__(self, tokenizer: Tokenizer, request: GenerationRequest, choice: int, output: str) -> None:
+        self._tokens = ids_from_bytes(tokenizer.encode(output, add_special_tokens=False))
+        self._request = request
+        self._choice = choice
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopMatcher(request.stop, include_stop=request.include_stop_text)
+        self.done = False
+
+    def step(self, step: int) -> Delta:
+        sampling = self._request.sampling
+        token = self._tokens[step % len(self._tokens)]
+        result = self._stops.feed(self._detokenizer.feed((token,)))
+        delta = Delta(self._choice, step, (token,), result.text)
+        if sampling.logprobs is not None:
+            delta = replace(delta, logprobs=(_logprobs(token, sampling.logprobs),))
+        if result.stop is not None:
+            delta = replace(delta, finish_reason="stop", stop_reason=result.stop)
+        elif token in sampling.stop_token_ids:
+            delta = replace(delta, finish_reason="stop", stop_reason=token)
+        elif step + 1 == sampling.max_tokens:
+            rest = self._stops.feed(self._detokenizer.flush()).text + self._stops.flush()
+            delta = replace(delta, finish_reason="length", text=delta.text + rest)
+        self.done = delta.finish_reason is not None
+        return delta
+
+
+def _logprobs(token: int, alternatives: int) -> Logprobs:
+    others = tuple(range(10, 10 + alternatives))
+    return Logprobs((token, *others), (-0.5, *(-1.0 - place for place in range(alternatives))))
+
+
+WORKER = WorkerStatus(
+    id="p0", roles=("prefill",), state="READY", pid=10, engine_pid=11, address="127.0.0.1:1", version="0.1.0",
+    incarnation="18446744073709551615", kv_endpoints=(), blocks_total=64, blocks_free=60, blocks_leaked=0,
+    reserved_blocks=0, running=1, waiting=0, waiting_tokens=0, dispatches=1, step_ms=1.5, engine_step=7, stalled=False,
+    prefix_queries=0, prefix_hits=0, preemptions=0, verify_failures=0, expired_leases=0, resident_bytes=1 << 20,
+    silent_s=0.1, lost_reason="",
+)  # fmt: skip
+SUMMARY = RequestSummary(
+    request_id="r1", state="FINISHED", arrived_unix_s=1.0, prompt_tokens=3, output_tokens=4, choices=1, attempts=1,
+    ttft_s=0.01, total_s=0.02, finish_reasons=("stop",), error="", error_message="", prefill_worker="p0",
+    decode_worker="d0", transport="tcp",
+)  # fmt: skip
+_CANDIDATE = Candidate("split", "p0", "d0", "tcp", 0.5, {"queue": 0.5}, "", "")
+TIMELINE = RequestTimeline(
+    "r1",
+    SUMMARY,
+    0,
+    (),
+    (),
+    (Decision(1, 0.0, "least-loaded", "only", Pick("split", "p0", "d0", "tcp"), (_CANDIDATE,), 0),),
+)
+
+
+@dataclass(slots=True)
+class OperationsTwin:
+    """One worker, one finished request."""
+
+    workers: tuple[WorkerStatus, ...] = (WORKER,)
+
+    def reset(self) -> None:
+        self.workers = (WORKER,)
+
+    def status(self) -> ClusterStatus:
+        return ClusterStatus(
+            "http://127.0.0.1:1", "127.0.0.1:2", "c0", 1, "tiny", "0.1.0", 1.0, False, 0, 0, self.workers
+        )  # fmt: skip
+
+    def requests(self, limit: int) -> tuple[RequestSummary, ...]:
+        return (SUMMARY,)[:limit]
+
+    def request(self, request_id: str) -> RequestTimeline | None:
+        return TIMELINE if request_id == SUMMARY.request_id else None
+
+    async def set_roles(self, worker_id: str, roles: tuple[RoleName, ...]) -> WorkerStatus:
+        worker = replace(self._worker(worker_id), roles=roles)
+        self.workers = (worker,)
+        return worker
+
+    async def drain(self, worker_id: str) -> WorkerStatus:
+        return replace(self._worker(worker_id), state="DRAINING")
+
+    def _worker(self, worker_id: str) -> WorkerStatus:
+        for worker in self.workers:
+            if worker.id == worker_id:
+                return worker
+        raise NotFound(f"There is no worker {worker_id!r}.")
