@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +79,6 @@ class OperatorDesk:
 
     async def drain(self, worker_id: str) -> WorkerStatus:
         self._fleet.drain(worker_id, self._worker_drain_s)
-        await asyncio.sleep(0)  # lets the command leave
         return self._worker(worker_id)
 
     def _worker(self, worker_id: str) -> WorkerStatus:

@@ -64,6 +64,7 @@ class GenerateRequest(_message.Message):
     ROUTE_FIELD_NUMBER: _builtins.int
     SKIP_TEXT_FIELD_NUMBER: _builtins.int
     NEXT_INDEX_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_TEXT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """empty = made by the server"""
     model: _builtins.str
@@ -77,6 +78,8 @@ class GenerateRequest(_message.Message):
     cache_salt: _builtins.str
     skip_text: _builtins.bool
     """token ids only"""
+    include_stop_text: _builtins.bool
+    """the stop string stays at the end of the text"""
     @_builtins.property
     def sampling(self) -> _types_pb2.SamplingParams: ...
     @_builtins.property
@@ -102,10 +105,11 @@ class GenerateRequest(_message.Message):
         route: Global___RouteHint | None = ...,
         skip_text: _builtins.bool = ...,
         next_index: _abc.Iterable[_builtins.int] | None = ...,
+        include_stop_text: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "route", b"route", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "model", b"model", "n", b"n", "next_index", b"next_index", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "route", b"route", "sampling", b"sampling", "skip_text", b"skip_text", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "include_stop_text", b"include_stop_text", "model", b"model", "n", b"n", "next_index", b"next_index", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "route", b"route", "sampling", b"sampling", "skip_text", b"skip_text", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -115,11 +119,14 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
+    """The first message comes when prefill has begun, without choices."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceDelta]: ...
@@ -127,16 +134,21 @@ class GenerateResponse(_message.Message):
     def usage(self) -> Global___Usage:
         """in the last message only"""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]:
+        """of prompt tokens 1 .. n-1, in the first message, where asked for"""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         choices: _abc.Iterable[Global___ChoiceDelta] | None = ...,
         usage: Global___Usage | None = ...,
+        prompt_logprobs: _abc.Iterable[_types_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "request_id", b"request_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
