@@ -38,7 +38,9 @@ def envelope(error: PdserveError, request_id: str) -> ErrorEnvelope:
     """Of a bug only the request id is told; its cause is in the log."""
     message, code = error.message, error.reason
     if error.http_status == 500 and not isinstance(error, RequestQuarantined):
-        message = f"Internal error. Report it with the request id {request_id}, under which the server's log has the cause."
+        message = (
+            f"Internal error. Report it with the request id {request_id}, under which the server's log has the cause."
+        )
         code = InternalError.reason
     return {"error": {"message": message, "type": error.http_type, "param": error.param, "code": code}}
 

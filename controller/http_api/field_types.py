@@ -18,6 +18,7 @@ MAX_PROMPTS = 1024
 INT32_MAX = 2**31 - 1
 
 _STRING = {"type": "string"}
+_TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}, "minItems": 1}
 
 
@@ -117,8 +118,8 @@ Prompt = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                _STRING,
-                {"type": "array", "items": _STRING, "minItems": 1, "maxItems": MAX_PROMPTS},
+                _TEXT,
+                {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_PROMPTS},
                 _IDS,
                 {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
             ]
