@@ -130,6 +130,9 @@ class Handoff:
             self._tasks.spawn(self._beat(), "handoff-beat")
             await self._stopped.wait()
             self._end_s = time.monotonic()
+            if self._aborting and not self._accepted.done():
+                # Only a session that has begun can give the reservation back; else it would block until its lease expires.
+                await asyncio.wait((drive,), timeout=self._config.connect_s)
             drive.cancel()
             await asyncio.wait((drive,))
             await self._settle()
@@ -147,9 +150,11 @@ class Handoff:
         try:
             plan = self._check_grant()
             self._link = await self._peers.link(self._order.grant.endpoint)
-            if self._stopped.is_set():
+            if self._stopped.is_set() and not self._aborting:
                 return
             accepted = await self._begin(self._link)
+            if self._stopped.is_set():
+                return
             await self._push(plan, accepted, self._link)
         except PdserveError as error:
             self._apply(Failed(error))
