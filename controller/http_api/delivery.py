@@ -49,7 +49,8 @@ class Delivery:
         async def run(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 async with self._open(receive) as news:
-                    first = await news.take(None)
+                    while (first := await news.take()) == []:
+                        pass  # no status is promised before the request has begun
                     await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
                     await self._events(news, chunks, first, scope, send)
                     await send({"type": "http.response.body", "body": b""})
@@ -62,7 +63,7 @@ class Delivery:
         async def run(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 async with self._open(receive) as news:
-                    while (items := await news.take(None)) is not None:
+                    while (items := await news.take()) is not None:
                         for prompt, item in items:
                             answer.feed(prompt, item)
             except ClientGone:
@@ -72,7 +73,7 @@ class Delivery:
         return DeferredResponse(run)
 
     def _open(self, receive: Receive) -> NewsStream:
-        return NewsStream([self._generator.generate(request) for request in self._requests], receive)
+        return NewsStream([self._generator.generate(request) for request in self._requests], receive, self._keepalive_s)
 
     async def _events(
         self, news: NewsStream, chunks: ChunkStream, first: list[Item] | None, scope: Scope, send: Send
@@ -84,7 +85,7 @@ class Delivery:
                 body = b"".join([chunks.feed(prompt, item) for prompt, item in items]) if items else KEEP_ALIVE
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-                items = await news.take(self._keepalive_s)
+                items = await news.take()
             last = chunks.end()
         except PdserveError as error:
             last = _error_event(error, scope)

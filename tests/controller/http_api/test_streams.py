@@ -146,7 +146,14 @@ def test_silence_is_bridged_by_comments(api: ApiServer, client: httpx.Client) ->
         assert answer.status_code == 200
         assert next(answer.iter_raw()) == b": keep-alive\n\n"
     _wait(lambda: api.generator.closed == [api.generator.requests[0].request_id])
-    assert KEEPALIVE_S < 1
+
+
+def test_waiting_for_a_worker_promises_no_status(api: ApiServer, client: httpx.Client) -> None:
+    api.generator.script.begin_after_s = 3 * KEEPALIVE_S
+    api.generator.script.fail_first = WorkerLost("gone")
+    assert client.post("/v1/completions", json={"prompt": "x", "stream": True}).status_code == 503
+    api.generator.script.fail_first = None
+    assert _events(client.post("/v1/completions", json={"prompt": "x", "stream": True}).text)
 
 
 def _wait(condition: Callable[[], bool]) -> float:

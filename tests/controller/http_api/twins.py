@@ -22,6 +22,7 @@ class Script:
     """How the next requests go."""
 
     output: str = OUTPUT
+    begin_after_s: float = 0.0
     fail_first: Exception | None = None  # instead of Begun
     fail_after: tuple[int, Exception] | None = None  # after so many tokens
     hang_after: int | None = None  # for ever, after so many tokens
@@ -49,6 +50,7 @@ class GeneratorTwin:
         self.live.add(request.request_id)
         script = self.script
         try:
+            await asyncio.sleep(script.begin_after_s)
             if script.fail_first is not None:
                 raise script.fail_first
             yield Begun(script.cached_tokens, self._prompt_logprobs(request))
