@@ -21,14 +21,14 @@ class Entry(Generic[Item]):
 
 
 class ReplayBuffer(Generic[Item]):
-    """Sequences start at 1 and have no gap; those up to the acknowledged one are gone."""
+    """Sequences start at `first_sequence` and have no gap; those up to the acknowledged one are gone."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, first_sequence: int = 1) -> None:
         self._limit_bytes = limit_bytes
         self._entries: deque[Entry[Item]] = deque()
         self._size_bytes = 0
-        self._next = 1
-        self._acknowledged = 0
+        self._next = first_sequence
+        self._acknowledged = first_sequence - 1
 
     @property
     def next_sequence(self) -> int:
@@ -58,6 +58,11 @@ class ReplayBuffer(Generic[Item]):
         while self._entries and self._entries[0].sequence <= sequence:
             self._size_bytes -= self._entries.popleft().size_bytes
         self._acknowledged = max(self._acknowledged, sequence)
+
+    def clear(self) -> None:
+        """Forgets everything; `next_sequence` stays."""
+        self._entries.clear()
+        self._size_bytes = 0
 
     def after(self, sequence: int) -> Entry[Item] | None:
         """The first entry that is kept and follows `sequence`."""

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from worker_runtime.kv_index import KvIndex
 from worker_runtime.replay import ReplayBuffer, ReplayOverflow
 
 KV_BYTES_HELD = 2**20  # of one stream's KV events; beyond it the controller gets a snapshot instead
+PAST_SESSIONS = 1024
 DEVICE_TIER = "device"
 
 
@@ -29,7 +30,6 @@ class ControllerSession:
     stream: SessionStream | None = None
     orphan_deadline: float = 0.0  # where no stream is open
     next_kv_sequence: int = 1
-    overflowed: bool = False
 
 
 @dataclass(slots=True)
@@ -85,6 +85,10 @@ class SessionHub:
         self._load = load
         self._clock = clock
         self._sessions: dict[str, ControllerSession] = {}
+        self._past: OrderedDict[str, ControllerSession] = (
+            OrderedDict()
+        )  # sessions that are gone: numbers are not issued twice
+        self._lost: list[str] = []  # gone since `expired` was asked
         self._changed = asyncio.Event()
 
     def is_open(self, controller_id: str) -> bool:
@@ -93,10 +97,9 @@ class SessionHub:
 
     def attach(self, controller_id: str) -> SessionStream:
         """Opens a stream of that controller; one that was open is ended. Everything unacknowledged will be replayed."""
-        session = self._sessions.get(controller_id)
-        if session is None:
-            session = ControllerSession(controller_id, ReplayBuffer(self._buffer_bytes))
-            self._sessions[controller_id] = session
+        if controller_id in self._lost:
+            raise Unavailable("What this controller's last session left is being ended; open another one in a moment.")
+        session = self._sessions.get(controller_id) or self._begin(controller_id)
         if session.stream is not None:
             session.stream.fail(Unavailable("The controller opened another session; this one is ended."))
         session.stream = SessionStream(session, cursor=session.replay.acknowledged)
@@ -118,15 +121,15 @@ class SessionHub:
     def report(self, controller_id: str, response: worker_pb2.SessionResponse) -> int:
         """Queues an event that must not be lost. Returns its sequence; 0 where nobody will ever read it."""
         session = self._sessions.get(controller_id)
-        if session is None or session.overflowed:
+        if session is None:
             return 0
         response.sequence = session.replay.next_sequence
         try:
             sequence = session.replay.append(response, response.ByteSize())
         except ReplayOverflow as overflow:
-            session.overflowed = True  # `expired` ends it: its dispatches cannot be told any more
             if session.stream is not None:
                 session.stream.fail(Overloaded(str(overflow)))
+            self._end(session)
             return 0
         if session.stream is not None:
             session.stream.wake()
@@ -171,20 +174,34 @@ class SessionHub:
             yield self._kv_message(stream, events)
 
     def expired(self) -> list[str]:
-        """Removes the sessions whose time without a stream, or whose buffer, ran out; their dispatches must be cancelled."""
+        """Controllers whose session is gone, because it had no stream for too long or its buffer was full: their dispatches
+        must be cancelled now."""
         now = self._clock()
-        gone = [
-            name
-            for name, session in self._sessions.items()
-            if session.overflowed or (session.stream is None and session.orphan_deadline <= now)
-        ]
-        for name in gone:
-            del self._sessions[name]
+        for session in list(self._sessions.values()):
+            if session.stream is None and session.orphan_deadline <= now:
+                self._end(session)
+        gone, self._lost = self._lost, []
         return gone
 
     def all_acknowledged(self) -> bool:
         """True if no open stream lacks an event."""
         return all(not stream.session.replay.size_bytes for stream in self._streams())
+
+    def _begin(self, controller_id: str) -> ControllerSession:
+        past = self._past.pop(controller_id, None)
+        first = past.replay.next_sequence if past is not None else 1
+        session = ControllerSession(controller_id, ReplayBuffer(self._buffer_bytes, first))
+        session.next_kv_sequence = past.next_kv_sequence if past is not None else 1
+        self._sessions[controller_id] = session
+        return session
+
+    def _end(self, session: ControllerSession) -> None:
+        del self._sessions[session.controller_id]
+        self._lost.append(session.controller_id)
+        session.replay.clear()
+        self._past[session.controller_id] = session
+        if len(self._past) > PAST_SESSIONS:
+            self._past.popitem(last=False)
 
     def _streams(self) -> list[SessionStream]:
         return [session.stream for session in self._sessions.values() if session.stream is not None]

@@ -69,6 +69,19 @@ class SessionTwin:
                 await self._news.wait()
             return found
 
+    async def until_finished(self, key: int, choices: int = 1) -> None:
+        await self.until(lambda: len(self.finished(key)) == choices)
+
+    async def until_tokens(self, key: int, count: int) -> None:
+        await self.until(lambda: len(self.tokens(key).get(0, ())) >= count)
+
+    async def until_of(self, kind: str, count: int) -> None:
+        await self.until(lambda: len(self.of(kind)) >= count)
+
+    async def until_next_load(self) -> None:
+        known = len(self.loads)
+        await self.until(lambda: len(self.loads) > known)
+
     def of(self, kind: str) -> list[worker_pb2.SessionResponse]:
         return [event for event in self.events if event.WhichOneof("event") == kind]
 
@@ -100,8 +113,10 @@ class SessionTwin:
         return [event.failed for event in self.of("failed") if event.failed.dispatch.request_key == key]
 
     async def blocks_free(self, count: int) -> None:
-        """Waits until the worker reports so many free blocks, and nothing leaked."""
-        await self.until(lambda: self.loads and self.loads[-1].blocks_free == count)
+        """Waits until the worker reports so many free blocks, and nothing leaked. The second load from now on is the first
+        that the engine surely made after this call."""
+        fresh = len(self.loads) + 2
+        await self.until(lambda: len(self.loads) >= fresh and self.loads[-1].blocks_free == count)
         assert self.loads[-1].blocks_leaked == 0
         assert self.loads[-1].reserved_blocks == 0
 

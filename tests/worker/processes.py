@@ -32,7 +32,7 @@ class WorkerProcess:
         engine_module: str = MODELLED,
         step_ms: float = 1.0,
     ) -> WorkerProcess:
-        settings = [f'controllers=["{controller}"]', "transfer.transport=tcp", *sets]
+        settings = [f'controllers=["{controller}"]', "transfer.transport=tcp", "worker.heartbeat_s=0.3", *sets]
         arguments = ["--id", worker_id, "--roles", roles, "--engine-module", engine_module]
         for setting in settings:
             arguments += ["--set", setting]

@@ -92,8 +92,8 @@ async def test_a_prefix_that_the_decode_worker_holds_is_not_sent_again(
     pair = await open_pair(controller, start_worker)
     for key in (1, 2):
         await pair.start(commands.work(key, PROMPT))
-        await pair.decode.until(lambda key=key: pair.decode.finished(key))
-        await pair.prefill.until(lambda key=key: len(pair.prefill.of("handoff")) == key)
+        await pair.decode.until_finished(key)
+        await pair.prefill.until_of("handoff", key)
     first, second = (event.handoff.bytes for event in pair.prefill.of("handoff"))
     assert second < first / 10
     await pair.all_free()

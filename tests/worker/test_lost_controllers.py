@@ -16,10 +16,11 @@ async def test_a_controller_that_reconnects_misses_no_token_and_sees_none_twice(
     await start_worker("d0", "decode", step_ms=2)
     session = await controller.session("d0", acknowledges=False)
     session.send(commands.generate(commands.work(1, PROMPT, max_tokens=400)))
-    for _ in range(3):
-        await session.until(lambda: len(session.tokens(1).get(0, ())) > 20)
-        session.acknowledge()
-        await session.until(lambda: session.loads)
+    for cut in range(3):
+        await session.until_tokens(1, 50 * (cut + 1))
+        if cut == 1:
+            session.acknowledge()
+            await session.until_next_load()
         await session.drop()
         await controller.registered_again()
         await session.open()

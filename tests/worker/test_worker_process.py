@@ -199,7 +199,7 @@ async def test_bytes_that_are_no_message_end_their_stream_only(
     await start_worker("d0", "decode")
     session = await controller.session("d0")
     async with grpc.aio.insecure_channel(session.address) as channel:
-        call = channel.stream_stream("/pdserve.v1.WorkerService/Session")(iter([garbage]), timeout=5)
+        call = channel.stream_stream("/pdserve.v1.WorkerService/Session", bytes, bytes)(iter([garbage]), timeout=5)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert caught.value.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
