@@ -82,6 +82,9 @@ class WaitingQueue(Generic[Item]):
         bisect.insort(self._entries, entry, key=lambda each: each.order)
         self._new += not entry.retry
 
+    def holds(self, entry: Waiting[Item]) -> bool:
+        return entry in self._entries
+
     def leave(self, entry: Waiting[Item]) -> bool:
         """False if it was not there."""
         if entry not in self._entries:

@@ -69,7 +69,7 @@ class Dispatcher:
         now = self._clock()
         entry = self._enqueue(Group(live, tuple(range(live.request.n))), now, retry=False)
         self.pump()
-        if entry.short is not None and self._queue.over_limit:
+        if self._queue.over_limit and self._queue.holds(entry):
             self.fail(live, self._queue.full())
 
     def _enqueue(self, group: Group, now: float, *, retry: bool) -> Waiting[Group]:

@@ -258,13 +258,12 @@ class Fleet:
 
     # ---- time
 
-    def tick(self, *, late: bool) -> None:
-        """`late`: this process itself was held up, so that silence says nothing about the workers."""
+    def tick(self, held_up_s: float) -> None:
+        """`held_up_s`: how late this call comes."""
         now = self._clock()
         for record in list(self._records.values()):
-            if late:
-                record.member_changed(membership.step(record.member, Heard(False), self._limits, now)[0])
-            self._step(record, membership.Tick())
+            if record.member.state != "GONE":
+                self._step(record, membership.Tick(held_up_s))
             if record.member.state == "GONE" and now - record.member.heard_s > FORGET_S:
                 del self._records[record.worker_id]
             elif record.member.state != "GONE" and record.judge_stall(now):

@@ -70,7 +70,9 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """`held_up_s`: for so long this process itself could not listen; that is no silence of the worker."""
+
+    held_up_s: float = 0.0
 
 
 Event: TypeAlias = Registered | SessionOpened | Heard | DrainOrdered | ConnectionLost | Tick
@@ -104,8 +106,8 @@ def step(member: Member, event: Event, limits: Limits, now: float) -> Step:
             return replace(member, state=_drained(member.state, True)), ()
         case ConnectionLost():
             return _disconnected(member, event, now)
-        case Tick():
-            return _tick(member, limits, now)
+        case Tick(held_up_s=held_up_s):
+            return _tick(replace(member, heard_s=member.heard_s + held_up_s), limits, now)
         case _:
             assert_never(event)
 

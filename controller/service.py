@@ -25,7 +25,6 @@ from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
 
 TICK_S = 0.1
-LATE_TICK_S = 0.5  # from here on the process itself was held up
 FLEET_METRICS_TICKS = 10
 RETAINED_S = 15.0  # finished requests whose caller may still resume
 RETAINED_REQUESTS = 512
@@ -223,14 +222,14 @@ class ControllerService:
             await asyncio.sleep(due_s - loop.time())
             late_s = loop.time() - due_s
             self._observer.lag(late_s)
-            self.tick(late=late_s > LATE_TICK_S)
+            self.tick(max(0.0, late_s))
             count += 1
             if count % FLEET_METRICS_TICKS == 0:
                 self._observer.fleet(self._fleet.records(), self.queued)
             due_s = max(due_s + TICK_S, loop.time())
 
-    def tick(self, *, late: bool = False) -> None:
-        self._fleet.tick(late=late)
+    def tick(self, held_up_s: float = 0.0) -> None:
+        self._fleet.tick(held_up_s)
         self._note_presence()
         now = self._clock()
         self._dispatcher.tick(now, self._absent_since_s)
