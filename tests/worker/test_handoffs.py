@@ -14,6 +14,7 @@ from tests.worker.conftest import StartWorker
 from tests.worker.controller_twin import ControllerTwin, SessionTwin
 from tests.worker.processes import WorkerProcess
 
+pytestmark = pytest.mark.slow  # real processes
 PROMPT = tuple(range(100, 400))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pdserve.v1 import worker_pb2
 from tests.worker import commands
 from tests.worker.conftest import StartWorker
 from tests.worker.controller_twin import ControllerTwin
 
+pytestmark = pytest.mark.slow  # real processes
 PROMPT = tuple(range(100, 200))
 
 

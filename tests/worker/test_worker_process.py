@@ -18,6 +18,7 @@ from tests.worker.conftest import StartWorker
 from tests.worker.controller_twin import ControllerTwin
 from tests.worker.processes import MODELLED, ROOT, alive, ended
 
+pytestmark = pytest.mark.slow  # real processes
 PROMPT = tuple(range(100, 200))
 
 
