@@ -131,12 +131,12 @@ class DispatchTable:
 
     def prefilled(self, dispatch: Dispatch, now: float) -> None:
         """The first token came: from here on the prefill worker only sends."""
-        if dispatch.split:
-            self._set_burden(dispatch, dispatch.pick.prefill_worker, Burden())
+        self._set_burden(dispatch, dispatch.pick.prefill_worker, Burden())
         self.next_stage(dispatch, "transfer", dispatch.pick.prefill_worker, now)
 
     def decoding(self, dispatch: Dispatch, now: float) -> None:
         if dispatch.split:
+            self.prefilled(dispatch, now)
             self.leave(dispatch, dispatch.pick.prefill_worker)
         else:
             self.granted(dispatch)

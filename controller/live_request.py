@@ -93,7 +93,8 @@ class LiveRequest:
                 case Requeue():
                     self.wants.requeue.append(choice)
                 case Fail(error=error):
-                    self.fail(error, now)
+                    self.error = self.error or error
+                    self._fail_others(self.error, now)
                 case _:
                     assert_never(command)
 
@@ -117,11 +118,13 @@ class LiveRequest:
 
     def fail(self, error: PdserveError, now: float) -> None:
         """The whole request, with all its choices."""
-        if self.done:
-            return
-        self.error = self.error or error
-        for choice in range(self.request.n):
-            self.apply(choice, Fatal(error), now)
+        if not self.done:
+            self._fail_others(error, now)
+
+    def _fail_others(self, error: PdserveError, now: float) -> None:
+        for choice, state in enumerate(self.states):
+            if state.phase not in FINAL:
+                self.apply(choice, Fatal(error), now)
 
     def cancel(self, now: float) -> None:
         for choice in range(self.request.n):

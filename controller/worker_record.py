@@ -51,9 +51,8 @@ class WorkerRecord:
         self._view = None
 
     def forget_load(self) -> None:
-        """The incarnation is gone, and what was sent to it."""
+        """The incarnation is gone. Its burdens go one by one, as their dispatches end."""
         self.load = worker_pb2.LoadReport()
-        self.dispatches = self._prefill_tokens = self._sequences = self._unreported_blocks = 0
         self.stalled = False
         self._view = None
 
