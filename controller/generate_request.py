@@ -102,10 +102,12 @@ def _sampling(
         max_tokens=max_tokens,
         seed=message.seed if message.HasField("seed") else minted_seed(request_id),
         temperature=_within(message.temperature if message.HasField("temperature") else 1.0, 0, 100, "temperature"),
-        top_p=_within(message.top_p if message.HasField("top_p") else 1.0, 0, 1, "top_p"),
+        top_p=_above_zero(message.top_p if message.HasField("top_p") else 1.0, 1, "top_p"),
         top_k=max(0, message.top_k),
         min_p=_within(message.min_p, 0, 1, "min_p"),
-        repetition_penalty=_repetition(message),
+        repetition_penalty=_above_zero(
+            message.repetition_penalty if message.HasField("repetition_penalty") else 1.0, 100, "repetition_penalty"
+        ),
         presence_penalty=_within(message.presence_penalty, -2, 2, "presence_penalty"),
         frequency_penalty=_within(message.frequency_penalty, -2, 2, "frequency_penalty"),
         logit_bias=tuple(sorted(message.logit_bias.items())),
@@ -137,11 +139,10 @@ def _max_tokens(message: types_pb2.SamplingParams, prompt_tokens: int, context_t
     return message.max_tokens
 
 
-def _repetition(message: types_pb2.SamplingParams) -> float:
-    value = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
+def _above_zero(value: float, high: float, param: str) -> float:
     if value <= 0:
-        raise _invalid("repetition_penalty", "must be above 0")
-    return _within(value, 0, 100, "repetition_penalty")
+        raise _invalid(param, "must be above 0")
+    return _within(value, 0, high, param)
 
 
 def _alternatives(count: int | None, param: str) -> int | None:
