@@ -21,6 +21,7 @@ from kv_transfer.source_lease import (
     Delivered,
     Failed,
     PeerHeard,
+    PeerLost,
     ReleaseBlocks,
     SendsSettled,
     SourceEvent,
@@ -273,7 +274,9 @@ class Handoff:
                 self._activated = isinstance(self._lease, SourceHeld)
                 self._apply(Delivered())
             case "refused":
-                self._apply(Failed(error_from_reason(answer.refused.reason, answer.refused.message)))
+                error = error_from_reason(answer.refused.reason, answer.refused.message)
+                self._never_accepted(error)
+                self._apply(Failed(error))
             case "heartbeat" | "released" | None:
                 pass
 
@@ -282,8 +285,14 @@ class Handoff:
             self._last_done_s = time.monotonic()
             self._link.window.release()
 
+    def _never_accepted(self, error: PdserveError) -> None:
+        if not self._accepted.done():
+            self._accepted.set_exception(error)
+            self._accepted.exception()  # retrieved: nobody may be waiting
+
     def _on_lost(self, error: PdserveError) -> None:
-        self._apply(Failed(error))
+        self._never_accepted(error)
+        self._apply(PeerLost(error))
 
     async def _beat(self) -> None:
         """Heartbeats out, silence in, and the lease's clock."""
@@ -292,7 +301,7 @@ class Handoff:
             if self._accepted.done():
                 self._put(handoff_pb2.HandoffRequest(heartbeat=handoff_pb2.Heartbeat()))
                 if not self._liveness.beat():
-                    self._apply(Failed(TransferFailed("The decode worker is silent: no heartbeat.")))
+                    self._apply(PeerLost(TransferFailed("The decode worker is silent: no heartbeat.")))
             elif self._session is None:
                 # Not begun: the connect has its own deadline, the lease is not the peer's to renew yet.
                 self._apply(PeerHeard())
@@ -333,7 +342,8 @@ class Handoff:
         session = self._session
         if session is None or session.ended.is_set():
             return
-        if self._aborting:
+        if not self._activated:
+            # Also in answer to Refused: only an explicit FIN tells the peer that nothing more will be written.
             error = self._lease.error if isinstance(self._lease, SourceReleased) else None
             reason, message = (error.reason, error.message) if error is not None else ("", "")
             self._put(handoff_pb2.HandoffRequest(abort=handoff_pb2.Abort(reason=reason, message=message)))

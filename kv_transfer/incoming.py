@@ -141,12 +141,15 @@ class IncomingHandoff:
             case None:
                 self._apply(WriterCut(TransferFailed("Empty or unknown message on the hand-off's session.")))
 
-    def on_fin(self) -> None:
-        """The writer closed its half of the session: nothing more will be announced."""
+    def on_half_close(self) -> None:
+        """No more messages come. That is no FIN: a stream that breaks looks the same, Abort and Commit are explicit."""
+        if self._commit is None and not self._fin:
+            self._apply(WriterCut(TransferFailed("The prefill worker's session was lost.")))
+
+    def dismiss(self, error: PdserveError) -> None:
+        """Ends a writer that was never accepted: it has announced nothing."""
         self._fin = True
-        if self._commit is None:
-            self._apply(WriterStopped(TransferFailed("The sender left without Commit.")))
-        self._settle()
+        self.stop(error)
 
     def stop(self, error: PdserveError) -> None:
         """Ends the hand-off from this side: the writer is told, its bytes in flight are waited for."""

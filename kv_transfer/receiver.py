@@ -167,8 +167,7 @@ class HandoffReceiver(handoff_pb2_grpc.HandoffServiceServicer):
             self._check_begin(begin, incoming)
             connection = await self._accepted.claim(begin.transport, begin.connection)
         except PdserveError as error:
-            incoming.stop(error)
-            incoming.on_fin()  # without Accepted it has nothing to announce
+            incoming.dismiss(error)
         else:
             incoming.attach(connection)
 
@@ -219,8 +218,7 @@ class _Session:
         await self._receiver.attach(first.begin, incoming)
         async for request in requests:
             incoming.on_request(request)
-        incoming.on_fin()
-        self._incoming = None  # it said FIN: no loss
+        incoming.on_half_close()
 
     def _refuse(self, error: PdserveError) -> None:
         self._answers.put(
@@ -230,7 +228,7 @@ class _Session:
             self._answers.close()
 
     def lost(self) -> None:
-        """The stream is over. Without effect on a hand-off that ended or whose writer said FIN."""
+        """The stream is over. Without effect on a hand-off that ended."""
         incoming, self._incoming = self._incoming, None
         if incoming is not None and not incoming.ended:
             incoming.cut(TransferFailed("The prefill worker's session was lost."))

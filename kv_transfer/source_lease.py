@@ -1,7 +1,7 @@
 """Owns the source lease: how long a prefill worker keeps blocks that a hand-off reads. Pure.
 
 ```
-           Delivered, Failed, expiry                SendsSettled
+      Delivered, Failed, PeerLost, expiry           SendsSettled
    HELD ------------------------------> SETTLING ------------------> RELEASED   commands: ReleaseBlocks(error)
     ^ |                                  |    ^
     +-+ PeerHeard: renewed               +----+ grace over: CloseConnection
@@ -54,9 +54,16 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Refused, lost, silent, or aborted on this side (None: there was nothing to hand off)."""
+    """Refused, or aborted on this side (None: there was nothing to hand off)."""
 
     error: PdserveError | None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """Its process or its stream is gone, or it is silent: sends to it are not waited for."""
+
+    error: PdserveError
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,7 @@ class SourceTick:
     """Time passed."""
 
 
-SourceEvent = PeerHeard | Delivered | Failed | SendsSettled | SourceTick
+SourceEvent = PeerHeard | Delivered | Failed | PeerLost | SendsSettled | SourceTick
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,8 @@ def _held(state: SourceHeld, event: SourceEvent, now_s: float) -> _Step:
             return SourceSettling(None, now_s + state.grace_s), (StopSending(),)
         case Failed():
             return SourceSettling(event.error, now_s + state.grace_s), (StopSending(),)
+        case PeerLost():
+            return SourceSettling(event.error, now_s), (StopSending(),)
         case SourceTick() if now_s >= state.expires_s:
             error = expired("source", state.ttl_s)
             return SourceSettling(error, now_s + state.grace_s), (StopSending(),)
@@ -140,6 +149,8 @@ def _settling(state: SourceSettling, event: SourceEvent, now_s: float) -> _Step:
             return SourceReleased(state.error), (ReleaseBlocks(state.error),)
         case SourceTick() if now_s >= state.close_s:
             return replace(state, close_s=now_s + _CLOSE_AGAIN_S), (CloseConnection(),)
+        case PeerLost():
+            return replace(state, close_s=min(state.close_s, now_s)), ()
         case PeerHeard() | Delivered() | Failed() | SourceTick():
             return state, ()
         case _:

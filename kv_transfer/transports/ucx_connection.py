@@ -17,6 +17,7 @@ _log = get_logger(__name__)
 
 IDLE_S = 0.005  # between progress calls while nothing is transferred: bounds how late a new peer is seen
 _GRACE_S = 1.0  # for an operation in progress to end by itself, before its endpoint is closed
+_ABANDON_S = 0.25  # for a send to end after its endpoint was closed
 
 
 class Arrival(Protocol):
@@ -134,6 +135,8 @@ class UcxConnection:
         self._binding = binding
         self._pump = pump
         self._aborted = False
+        self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # closed on this side
+        self._abandoned: list[Buffer] = []  # kept mapped: UCX may still read them
         self._receiving: set[int] = set()
 
     @property
@@ -141,10 +144,30 @@ class UcxConnection:
         return self._aborted or is_closed(self._endpoint)
 
     async def send(self, tag: int, buffer: Buffer) -> None:
-        """See `transport.Connection`. A cancelled send closes the connection: UCX may still read the buffer."""
+        """See `transport.Connection`. A cancelled send closes the connection: UCX may still read the buffer.
+
+        Towards a stopped process UCX leaves some sends unfinished even after the endpoint was closed. They are abandoned
+        `_ABANDON_S` later: what they might still read goes to a peer that has fenced, or fails its checksums.
+        """
         check_buffer(buffer)
         self._check_open()
-        await self._finish(lambda: self._endpoint.send(buffer, tag=tag, force_tag=True), f"sending message {tag}")
+        task = asyncio.create_task(self._start(lambda: self._endpoint.send(buffer, tag=tag, force_tag=True)))
+        try:
+            with self._pump.active():
+                await asyncio.wait((task, self._gone), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((task,), timeout=_ABANDON_S)
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+        finally:
+            task.cancel()
+        try:
+            await task
+        except self._binding.errors as error:
+            raise TransferFailed(f"KV connection lost while sending message {tag}: {error}.") from error
+        except asyncio.CancelledError:
+            self._abandoned.append(buffer)
+            raise TransferFailed(f"KV connection closed while sending message {tag}.") from None
         # After a cancel inside the library send returns None as if it had succeeded.
         self._check_open()
 
@@ -200,14 +223,9 @@ class UcxConnection:
         buffer[:] = landing
 
     async def _finish(self, operation: Callable[[], Awaitable[None]], what: str) -> None:
-        """Runs `operation`; when it returns or raises, UCX does not touch the operation's buffer any more."""
-
-        async def run() -> None:
-            self._check_open()  # again: a close may come between the call and the task's first turn
-            await operation()
-
+        """Runs `operation`; when it returns or raises, UCX does not write into the operation's buffer any more."""
+        task = asyncio.create_task(self._start(operation))
         with self._pump.active():
-            task = asyncio.create_task(run())
             try:
                 await asyncio.shield(task)
             except self._binding.errors as error:
@@ -216,16 +234,20 @@ class UcxConnection:
                 await self._quiesce(task)
                 raise
 
-    async def _quiesce(self, task: asyncio.Future[None]) -> None:
-        """The caller gave up: a short operation may end by itself, else its endpoint is closed."""
+    async def _start(self, operation: Callable[[], Awaitable[None]]) -> None:
+        self._check_open()  # again: a close may come between the call and the task's first turn
+        await operation()
+
+    async def _quiesce(self, task: asyncio.Task[None]) -> None:
+        """The caller gave up: a short operation may end by itself, else its endpoint is closed, which ends it."""
         await asyncio.wait((task,), timeout=_GRACE_S)
         if not task.done():
             await self.close()
+        while not task.done():
             await asyncio.wait((task,), timeout=_GRACE_S)
-        if not task.done():
-            _log.error("ucx_operation_outlives_endpoint")
-            task.cancel()
-        elif not task.cancelled():
+            if not task.done():
+                _log.error("ucx_receive_outlives_its_endpoint")
+        if not task.cancelled():
             task.exception()
 
     def _check_open(self) -> None:
@@ -235,6 +257,7 @@ class UcxConnection:
     async def close(self) -> None:
         if not self._aborted:
             self._aborted = True
+            self._gone.set_result(None)
             self._endpoint.abort()
 
 

@@ -200,11 +200,14 @@ Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):
+    """The sender's FIN without Commit: nothing of it will be announced or sent any more. Also its answer to Refused."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    """empty: there was nothing to hand off"""
     message: _builtins.str
     def __init__(
         self,

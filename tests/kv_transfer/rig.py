@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc
+import numpy
 
 from kv_transfer.arena import Arena, ArenaShape
 from kv_transfer.keys import identity_digest
@@ -45,10 +45,10 @@ def make_side(name: str, geometry: Geometry, incarnation: int = 1, identity: KvI
 def fill(side: KvSide, seed: int = 0) -> None:
     """Random bytes in every block."""
     layout = side.arena.layout
-    rng = random.Random(seed)
+    rng = numpy.random.default_rng(seed)
     for layer in range(layout.layers):
         data = side.arena.blocks(layer, 0, layout.blocks)
-        data[:] = rng.randbytes(len(data))
+        data[:] = rng.bytes(len(data))
 
 
 def block_bytes_of(side: KvSide, layer: int, block: int) -> bytes:
@@ -102,6 +102,7 @@ class Rig:
     destination: RecordingDestination
     address: str
     transport: str
+    sending: Transport | None = None
 
     def reserve(self, blocks: tuple[int, ...], tokens: int, cached_tokens: int = 0, key: int = 1) -> worker_pb2.Grant:
         reservation = Reservation(DispatchKey(key, 1), blocks, (1,) * len(blocks), cached_tokens, tokens)

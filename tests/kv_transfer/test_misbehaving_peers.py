@@ -1,0 +1,452 @@
+"""Peers that lie, repeat themselves, come late or fall silent: one stream suffers, nothing is activated wrongly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from kv_transfer.checksums import block_checksums
+from kv_transfer.leases import DispatchKey
+from kv_transfer.sender import HandoffOrder
+from kv_transfer.transport import Connection
+from kv_transfer.transports import open_transport
+from kv_transfer.transports.inproc import InprocTransport
+from pdserve.errors import KvCorrupt, LeaseExpired, TransferFailed
+from pdserve.v1 import handoff_pb2, handoff_pb2_grpc, types_pb2, worker_pb2
+from service_kit.config import TransferConfig
+from tests.kv_transfer.rig import Rig, block_bytes_of, eventually, open_rig
+
+CONFIG = TransferConfig(heartbeat_s=0.2, lease_s=2.0, connect_s=0.5)
+KEY = DispatchKey(1, 1)
+BLOCK_BYTES = 2048
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    sending, receiving = InprocTransport(), InprocTransport()
+    async with open_rig(sending, receiving, config=CONFIG) as made:
+        made.sending = sending
+        yield made
+    await sending.close()
+    await receiving.close()
+
+
+class Peer:
+    """A prefill worker written by hand: says exactly what the test tells it to."""
+
+    def __init__(self, rig: Rig, grant: worker_pb2.Grant, tokens: int = 32) -> None:
+        self.rig = rig
+        self.grant = grant
+        self.tokens = tokens
+        self.hello = secrets.token_bytes(16)
+        self.channel = grpc.aio.insecure_channel(rig.address)
+        self.call = handoff_pb2_grpc.HandoffServiceStub(self.channel).Handoff(None)
+        self.connection: Connection | None = None
+
+    async def connect(self) -> None:
+        assert self.rig.sending is not None
+        self.connection = await self.rig.sending.connect(self.grant.endpoint.address, self.hello, 2)
+
+    def begin_message(self) -> handoff_pb2.Begin:
+        side = self.rig.source
+        return handoff_pb2.Begin(
+            ticket=self.grant.ticket,
+            dispatch=types_pb2.DispatchId(request_key=1, attempt=1),
+            incarnation=1,
+            worker_id="p0",
+            transport=self.grant.endpoint.transport,
+            identity=side.identity.to_proto(),
+            layout=[group.to_proto() for group in side.groups],
+            token_count=self.tokens,
+            connection=self.hello,
+        )
+
+    async def say(self, **message: object) -> None:
+        await self.call.write(handoff_pb2.HandoffRequest(**message))  # type: ignore[arg-type]
+
+    async def begin(self) -> None:
+        await self.connect()
+        await self.say(begin=self.begin_message())
+        assert (await self.hear("accepted")).accepted.lease_ms == 2000
+
+    async def hear(self, kind: str) -> handoff_pb2.HandoffResponse:
+        """The next answer that is no heartbeat; it must be `kind`."""
+        async with asyncio.timeout(5):
+            while True:
+                answer = await self.call.read()
+                assert isinstance(answer, handoff_pb2.HandoffResponse), "the stream ended"
+                if answer.WhichOneof("message") != "heartbeat":
+                    assert answer.WhichOneof("message") == kind, answer
+                    return answer
+
+    def segment(self, index: int = 0, layer: int = 0, first: int = 0, count: int = 2) -> handoff_pb2.Segment:
+        data = self.data(layer, first, count)
+        return handoff_pb2.Segment(
+            tag=self.grant.first_tag + index,
+            layer=layer,
+            first_block=first,
+            block_count=count,
+            length=len(data),
+            checksums=block_checksums(data, BLOCK_BYTES),
+        )
+
+    def data(self, layer: int, first: int, count: int) -> memoryview:
+        return self.rig.source.arena.blocks(layer, 10 + first, count)
+
+    async def send(self, segment: handoff_pb2.Segment) -> None:
+        assert self.connection is not None
+        data = self.data(segment.layer, segment.first_block, segment.block_count)
+        async with asyncio.timeout(5):
+            await self.connection.send(segment.tag, data)
+
+    async def deliver_all(self) -> None:
+        for layer in range(4):
+            segment = self.segment(index=layer, layer=layer)
+            await self.say(segment=segment)
+            await self.send(segment)
+            assert (await self.hear("segment_done")).segment_done.tag == segment.tag
+
+    async def close(self) -> None:
+        self.call.cancel()
+        await self.channel.close(None)
+
+
+@pytest.fixture
+async def peer(rig: Rig) -> AsyncIterator[Peer]:
+    made = Peer(rig, rig.reserve((5, 6), 32))
+    yield made
+    await made.close()
+
+
+async def refused(peer: Peer) -> str:
+    return (await peer.hear("refused")).refused.reason
+
+
+async def failed_with(peer: Peer, kind: type[Exception]) -> None:
+    ending = await peer.rig.destination.ending(KEY)
+    assert isinstance(ending.error, kind), ending
+    assert ending.first_tokens is None
+    assert peer.rig.receiver.held == 0
+
+
+async def test_the_hand_written_peer_is_served_when_it_behaves(peer: Peer) -> None:
+    await peer.begin()
+    await peer.deliver_all()
+    await peer.say(commit=handoff_pb2.Commit(segment_count=4, byte_count=4 * 2 * BLOCK_BYTES))
+    await peer.hear("activated")
+    assert (await peer.rig.destination.ending(KEY)).error is None
+
+
+async def test_a_wrong_ticket_is_refused_and_leaves_the_reservation(peer: Peer) -> None:
+    await peer.connect()
+    begin = peer.begin_message()
+    begin.ticket = b"\x00" * 16
+    await peer.say(begin=begin)
+    assert await refused(peer) == "permission_error"
+    assert peer.rig.receiver.held == 1
+    honest = Peer(peer.rig, peer.grant)
+    await honest.begin()
+    await honest.close()
+
+
+@pytest.mark.parametrize("attempt", [0, 2, 2**31])
+async def test_another_attempt_is_refused(peer: Peer, attempt: int) -> None:
+    await peer.connect()
+    begin = peer.begin_message()
+    begin.dispatch.attempt = attempt
+    await peer.say(begin=begin)
+    assert await refused(peer) == "lease_expired"
+    assert peer.rig.receiver.held == 1
+
+
+async def test_a_ticket_works_once(peer: Peer) -> None:
+    await peer.begin()
+    second = Peer(peer.rig, peer.grant)
+    await second.connect()
+    await second.say(begin=second.begin_message())
+    assert await refused(second) == "lease_expired"
+    await second.close()
+    await peer.deliver_all()
+    await peer.say(commit=handoff_pb2.Commit(segment_count=4, byte_count=4 * 2 * BLOCK_BYTES))
+    await peer.hear("activated")
+    third = Peer(peer.rig, peer.grant)
+    await third.connect()
+    await third.say(begin=third.begin_message())
+    assert await refused(third) == "lease_expired"
+    await third.close()
+
+
+async def test_a_stream_that_does_not_begin_is_refused(peer: Peer) -> None:
+    await peer.say(heartbeat=handoff_pb2.Heartbeat())
+    assert await refused(peer) == "transfer_failed"
+    assert peer.rig.receiver.held == 1
+
+
+async def test_a_stream_that_says_nothing_is_ended(peer: Peer) -> None:
+    started_s = time.monotonic()
+    assert await refused(peer) == "transfer_failed"
+    assert time.monotonic() - started_s < CONFIG.connect_s + 1
+
+
+async def test_a_data_connection_that_never_comes_fails_the_handoff(peer: Peer) -> None:
+    await peer.say(begin=peer.begin_message())
+    assert await refused(peer) == "transfer_failed"
+    await failed_with(peer, TransferFailed)
+
+
+async def test_a_data_connection_that_no_begin_names_is_closed(peer: Peer) -> None:
+    await peer.connect()
+    assert peer.connection is not None
+    connection = peer.connection
+    await eventually(lambda: connection.closed, CONFIG.connect_s + 1)
+
+
+async def test_a_data_connection_may_come_after_begin(peer: Peer) -> None:
+    await peer.say(begin=peer.begin_message())
+    await asyncio.sleep(0.1)
+    await peer.connect()
+    await peer.hear("accepted")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tag": 7},
+        {"layer": 4},
+        {"layer": 2**31},
+        {"first_block": 1},
+        {"first_block": 2**32 - 1},
+        {"block_count": 0},
+        {"block_count": 2**32 - 1},
+        {"length": BLOCK_BYTES},
+        {"length": 2**40},
+        {"checksums": []},
+        {"checksums": [b"short", b"short"]},
+        {"checksums": [b"x" * 16] * 5000},
+    ],
+    ids=lambda change: "-".join(map(str, change)),
+)
+async def test_a_segment_that_breaks_a_rule_ends_the_session(peer: Peer, change: dict[str, object]) -> None:
+    await peer.begin()
+    segment = peer.segment()
+    for name, value in change.items():
+        if isinstance(value, list):
+            del segment.checksums[:]
+            segment.checksums.extend(value)
+        else:
+            setattr(segment, name, value)
+    await peer.say(segment=segment)
+    assert await refused(peer) == "transfer_failed"
+    await failed_with(peer, TransferFailed)
+
+
+async def test_a_range_that_is_not_adjacent_at_the_destination_is_refused(rig: Rig) -> None:
+    peer = Peer(rig, rig.reserve((5, 9), 32))
+    await peer.begin()
+    await peer.say(segment=peer.segment())
+    assert await refused(peer) == "transfer_failed"
+    await failed_with(peer, TransferFailed)
+    await peer.close()
+
+
+@pytest.mark.parametrize("repeat", ["tag", "blocks", "both"])
+async def test_a_repeated_segment_writes_nothing(peer: Peer, repeat: str) -> None:
+    await peer.begin()
+    first = peer.segment()
+    await peer.say(segment=first)
+    await peer.send(first)
+    await peer.hear("segment_done")
+    before = block_bytes_of(peer.rig.target, 0, 5)
+    again = {
+        "tag": peer.segment(index=0, layer=1),
+        "blocks": peer.segment(index=1),
+        "both": peer.segment(),
+    }[repeat]
+    await peer.say(segment=again)
+    assert await refused(peer) == "transfer_failed"
+    await failed_with(peer, TransferFailed)
+    assert block_bytes_of(peer.rig.target, 0, 5) == before
+    assert not any(block_bytes_of(peer.rig.target, 1, 5))
+
+
+async def test_bytes_that_do_not_match_their_checksum_are_refused_and_counted(peer: Peer) -> None:
+    await peer.begin()
+    segment = peer.segment()
+    segment.checksums[1] = b"\x00" * 16
+    await peer.say(segment=segment)
+    await peer.send(segment)
+    assert await refused(peer) == "kv_corrupt"
+    await peer.call.done_writing()
+    await failed_with(peer, KvCorrupt)
+    assert peer.rig.receiver.counters.verify_failures == 1
+
+
+@pytest.mark.parametrize(
+    ("segments", "size", "delivered"),
+    [(4, 1, True), (5, 4 * 2 * BLOCK_BYTES, True), (0, 0, False)],
+    ids=["wrong bytes", "wrong segments", "nothing sent"],
+)
+async def test_a_commit_that_does_not_add_up_activates_nothing(
+    peer: Peer, segments: int, size: int, delivered: bool
+) -> None:
+    await peer.begin()
+    if delivered:
+        await peer.deliver_all()
+    await peer.say(commit=handoff_pb2.Commit(segment_count=segments, byte_count=size))
+    assert await refused(peer) == "transfer_failed"
+    await failed_with(peer, TransferFailed)
+
+
+async def test_commit_waits_for_the_bytes_that_were_announced(peer: Peer) -> None:
+    await peer.begin()
+    segments = [peer.segment(index=layer, layer=layer) for layer in range(4)]
+    for segment in segments:
+        await peer.say(segment=segment)
+    await peer.say(commit=handoff_pb2.Commit(segment_count=4, byte_count=4 * 2 * BLOCK_BYTES))
+    await asyncio.sleep(0.05)
+    assert not peer.rig.destination.endings
+    for segment in segments:
+        await peer.send(segment)
+    assert (await peer.rig.destination.ending(KEY)).error is None
+
+
+async def test_messages_after_activation_have_no_effect(peer: Peer) -> None:
+    await peer.begin()
+    await peer.deliver_all()
+    commit = handoff_pb2.Commit(segment_count=4, byte_count=4 * 2 * BLOCK_BYTES)
+    await peer.say(commit=commit)
+    await peer.say(commit=commit)
+    await peer.say(segment=peer.segment(index=5))
+    await peer.hear("activated")
+    assert (await peer.rig.destination.ending(KEY)).error is None
+
+
+async def test_a_sender_that_leaves_without_commit_has_failed(peer: Peer) -> None:
+    await peer.begin()
+    await peer.call.done_writing()
+    await failed_with(peer, TransferFailed)
+
+
+async def test_a_sender_whose_stream_breaks_has_failed_at_once(peer: Peer) -> None:
+    await peer.begin()
+    segment = peer.segment()
+    await peer.say(segment=segment)
+    started_s = time.monotonic()
+    peer.call.cancel()
+    await failed_with(peer, TransferFailed)
+    assert time.monotonic() - started_s < 0.5
+    assert peer.connection is not None
+    assert peer.connection.closed
+
+
+async def test_a_silent_sender_is_given_up_within_its_heartbeats(peer: Peer) -> None:
+    await peer.begin()
+    started_s = time.monotonic()
+    await failed_with(peer, TransferFailed)
+    silent_s = time.monotonic() - started_s
+    assert CONFIG.heartbeat_s * CONFIG.heartbeat_misses * 0.9 < silent_s
+    assert silent_s < CONFIG.heartbeat_s * CONFIG.heartbeat_misses + 0.5
+
+
+async def test_an_announced_message_that_never_comes_ends_with_the_lease(peer: Peer) -> None:
+    await peer.begin()
+    await peer.say(segment=peer.segment())
+    ending = asyncio.create_task(peer.rig.destination.ending(KEY))
+    while not ending.done():
+        await peer.say(heartbeat=handoff_pb2.Heartbeat())
+        await asyncio.sleep(0.1)
+    assert isinstance((await ending).error, TransferFailed)
+
+
+async def test_a_fence_that_the_sender_ignores_closes_its_endpoint(peer: Peer) -> None:
+    await peer.begin()
+    await peer.say(segment=peer.segment())
+    await asyncio.sleep(0.05)
+    peer.rig.receiver.revoke(KEY, LeaseExpired("enough"))
+    assert await refused(peer) == "lease_expired"
+    assert not peer.rig.destination.endings, "a receive is still posted"
+    await failed_with(peer, LeaseExpired)
+    assert peer.connection is not None
+    assert peer.connection.closed
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", b"", b"\x12\x02\x08"], ids=["ff", "cut", "empty", "short"]
+)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_malformed_message_closes_that_stream_only(rig: Rig, garbage: bytes, begun: bool) -> None:
+    good = Peer(rig, rig.reserve((5, 6), 32))
+    await good.begin()
+    channel = grpc.aio.insecure_channel(rig.address)
+    raw = channel.stream_stream(
+        "/pdserve.v1.HandoffService/Handoff", request_serializer=bytes, response_deserializer=bytes
+    )(None)
+    answers = aiter(raw)
+    if begun:
+        victim = Peer(rig, rig.reserve((20, 21), 32, key=2))
+        await victim.connect()
+        begin = victim.begin_message()
+        begin.dispatch.request_key = 2
+        await raw.write(handoff_pb2.HandoffRequest(begin=begin).SerializeToString())
+        accepted = handoff_pb2.HandoffResponse.FromString(await anext(answers))
+        assert accepted.WhichOneof("message") == "accepted"
+    await raw.write(garbage)
+    async with asyncio.timeout(3):
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for _ in answers:
+                pass
+    assert await raw.code() is not None
+    if begun:
+        assert isinstance((await rig.destination.ending(DispatchKey(2, 1))).error, TransferFailed)
+    await good.deliver_all()
+    await good.say(commit=handoff_pb2.Commit(segment_count=4, byte_count=4 * 2 * BLOCK_BYTES))
+    await good.hear("activated")
+    await good.close()
+    await channel.close(None)
+
+
+class MuteReceiver(handoff_pb2_grpc.HandoffServiceServicer):
+    """Accepts and says nothing more."""
+
+    async def Handoff(  # noqa: N802 (the name of the RPC)
+        self,
+        request_iterator: AsyncIterator[handoff_pb2.HandoffRequest],
+        context: grpc.aio.ServicerContext[handoff_pb2.HandoffRequest, handoff_pb2.HandoffResponse],
+    ) -> AsyncIterator[handoff_pb2.HandoffResponse]:
+        await anext(request_iterator)
+        yield handoff_pb2.HandoffResponse(accepted=handoff_pb2.Accepted(lease_ms=2000, runs=[2]))
+        async for _ in request_iterator:
+            pass
+
+
+async def test_a_silent_receiver_is_given_up_within_its_heartbeats(rig: Rig) -> None:
+    server = grpc.aio.server()
+    handoff_pb2_grpc.add_HandoffServiceServicer_to_server(MuteReceiver(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    handoff = rig.sender.start(HandoffOrder(KEY, rig.reserve((5, 6), 32), address, 32))
+    handoff.source_blocks((1, 2))
+    handoff.kv_ready(0, 0, 2)
+    await eventually(lambda: handoff._accepted.done())
+    started_s = time.monotonic()
+    outcome = await handoff.outcome()
+    assert isinstance(outcome.error, TransferFailed)
+    limit_s = CONFIG.heartbeat_s * (CONFIG.heartbeat_misses + 2 + 2 + 1)  # + grace of the sends, of the last word
+    assert time.monotonic() - started_s < limit_s
+    await server.stop(None)
+
+
+async def test_two_transports_in_one_process_do_not_mix(rig: Rig) -> None:
+    other = open_transport("tcp", CONFIG, "127.0.0.1")
+    grant = rig.reserve((5, 6), 32)
+    grant.endpoint.transport = "tcp"
+    outcome = await rig.start(grant, 32).outcome()
+    assert outcome.error is not None
+    assert "inproc" in str(outcome.error)
+    await other.close()
