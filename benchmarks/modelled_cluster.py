@@ -56,7 +56,7 @@ def modelled_cluster(shape: FleetShape, model_dir: Path, folder: Path) -> Iterat
     tree = {
         "model": {"path": str(model_dir)},
         "controller": {"port": 0, "queue_limit": 4096},
-        "transfer": {"transport": "tcp"},
+        "transfer": {"transport": "inproc" if shape.processes == 1 else "tcp"},
         "state_dir": str(state_dir),
         "log": {"level": "warning"},
     }

@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         decode,
         both,
         engine=modelled_config(config, given.cost, given.speed, given.blocks),
-        transport="tcp" if given.processes > 1 else "inproc",
+        transport=transport_for(config, given.processes),
         prefix=f"f{part}-" if given.processes > 1 else "",
     )
     try:
@@ -174,6 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"a modelled worker is gone: {lost}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
+
+
+def transport_for(config: ClusterConfig, processes: int) -> str:
+    """What the configuration names; "auto" is the cheapest that reaches every worker of the fleet."""
+    if config.transfer.transport != "auto":
+        return config.transfer.transport
+    return "tcp" if processes > 1 else "inproc"
 
 
 def share(count: int, parts: int, part: int) -> int:
