@@ -1,0 +1,76 @@
+"""Owns the HTTP server: a bound socket first, so that the port is known, then uvicorn in the running loop, without its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from pdserve.errors import ConfigInvalid
+from service_kit.config import SecurityConfig
+
+BACKLOG = 2048
+GRACE_S = 2  # for answers that are being written when the server stops
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Raises ConfigInvalid where the port is taken or the address is not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except OSError as error:
+        listener.close()
+        raise ConfigInvalid(
+            f"controller.port = {port}: cannot be bound on {host}: {error.strerror}. Use another port, or 0 for a free one."
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+class _QuietServer(uvicorn.Server):
+    """The process's signals belong to `controller.__main__`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    def __init__(self, app: ASGIApp, listener: socket.socket, security: SecurityConfig) -> None:
+        self._listener = listener
+        self._server = _QuietServer(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=GRACE_S,
+                ssl_certfile=security.tls_cert,
+                ssl_keyfile=security.tls_key,
+            )
+        )
+
+    def url(self, host: str, *, tls: bool) -> str:
+        return f"{'https' if tls else 'http'}://{host}:{self._listener.getsockname()[1]}"
+
+    async def serve(self) -> None:
+        """Until `stop`."""
+        await self._server.serve(sockets=[self._listener])
+
+    async def started(self) -> None:
+        """The caller puts it under a deadline."""
+        while not self._server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
+            await asyncio.sleep(0.005)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
