@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kv_transfer.background import BackgroundTasks
-from kv_transfer.checksums import block_checksums
 from kv_transfer.control_session import ControlSession
 from kv_transfer.layout import KvIdentity, TransferPlan, check_identity, groups_from_proto, plan_transfer
 from kv_transfer.leases import DispatchKey
 from kv_transfer.liveness import BEATS_PER_HEARTBEAT, Liveness
 from kv_transfer.peers import PeerLink, Peers
-from kv_transfer.segments import Coverage, PendingSpans, Span, SpanCutter, runs_of
+from kv_transfer.pusher import Cutting, SegmentPusher
+from kv_transfer.segments import Span
 from kv_transfer.side import KvSide
 from kv_transfer.source_lease import (
     CloseConnection,
@@ -33,7 +33,8 @@ from kv_transfer.source_lease import (
     source_deadline_s,
     step_source,
 )
-from pdserve.errors import InternalError, PdserveError, TransferFailed, error_from_reason
+from kv_transfer.tags import TagRange
+from pdserve.errors import PdserveError, TransferFailed, error_from_reason
 from pdserve.v1 import handoff_pb2, types_pb2, worker_pb2
 from service_kit.config import TransferConfig
 
@@ -78,39 +79,30 @@ class Handoff:
         self._accepted: asyncio.Future[handoff_pb2.Accepted] = loop.create_future()
         self._stopped = asyncio.Event()  # StopSending was commanded
         self._outcome: asyncio.Future[HandoffOutcome] = loop.create_future()
-        self._wake = asyncio.Event()  # news for the pusher
-        self._pending = PendingSpans()
-        self._source_blocks: tuple[int, ...] = ()
-        self._commit: list[handoff_pb2.FirstToken] | None = None
+        tags = TagRange(order.grant.first_tag, order.grant.tag_count)
+        self._pusher = SegmentPusher(side.arena, tags, self._put, lambda error: self._apply(Failed(error)))
         self._link: PeerLink | None = None
         self._session: ControlSession | None = None
         self._aborting = False
         self._activated = False
+        self._silent = False
         self._tasks = BackgroundTasks()
-        self._sends: set[asyncio.Task[None]] = set()
-        self._credits: dict[int, float] = {}  # tag -> when it was announced, until SegmentDone
-        self._segments = 0
-        self._bytes = 0
-        self._first_send_s = self._last_done_s = self._finish_s = self._end_s = 0.0
-        self._plan: TransferPlan | None = None
+        self._finish_s = self._end_s = 0.0
 
     # ---- what the worker says
 
     def source_blocks(self, block_ids: Sequence[int]) -> None:
         """The request's block table here; known when the engine starts it. All of the prompt's blocks at once."""
-        self._source_blocks = tuple(block_ids)
-        self._wake.set()
+        self._pusher.source_blocks(block_ids)
 
     def kv_ready(self, layer: int, first_block: int, block_count: int) -> None:
         """Blocks (ordinals in the block table) of `layer` are final: they are sent as soon as the window allows."""
-        self._pending.add(Span(layer, first_block, block_count))
-        self._wake.set()
+        self._pusher.ready(Span(layer, first_block, block_count))
 
     def finish(self, first_tokens: Sequence[tuple[int, int]]) -> None:
         """All KV was announced; (choice, token id) of the choices that go on. Commits after the last segment."""
-        self._commit = [handoff_pb2.FirstToken(choice=choice, token_id=token) for choice, token in first_tokens]
         self._finish_s = time.monotonic()
-        self._wake.set()
+        self._pusher.finish(first_tokens)
 
     def abort(self, error: PdserveError | None) -> None:
         """Ends the hand-off. None: there is nothing to hand off (the first token ended the request)."""
@@ -142,7 +134,7 @@ class Handoff:
             await self._tasks.close()
             if self._session is not None:
                 await self._session.close()
-            self._return_credits()
+            self._pusher.return_credits()
             if not self._outcome.done():
                 self._outcome.set_result(self._describe())
         return self._outcome.result()
@@ -156,15 +148,14 @@ class Handoff:
             accepted = await self._begin(self._link)
             if self._stopped.is_set():
                 return
-            await self._push(plan, accepted, self._link)
+            await self._pusher.push(plan, self._cutting(plan, accepted), self._link)
         except PdserveError as error:
             self._apply(Failed(error))
 
     def _check_grant(self) -> TransferPlan:
         grant = self._order.grant
         check_identity(self._side.identity, KvIdentity.from_proto(grant.identity))
-        self._plan = plan_transfer(self._side.groups, groups_from_proto(grant.layout))
-        return self._plan
+        return plan_transfer(self._side.groups, groups_from_proto(grant.layout))
 
     async def _begin(self, link: PeerLink) -> handoff_pb2.Accepted:
         grant = self._order.grant
@@ -192,72 +183,13 @@ class Handoff:
                 f"The decode worker at {self._order.decode_address} did not answer Begin in {self._config.connect_s} s."
             ) from None
 
-    async def _push(self, plan: TransferPlan, accepted: handoff_pb2.Accepted, link: PeerLink) -> None:
-        blocks = plan.blocks_for(self._order.token_count)
-        first_block = plan.cached_blocks(self._order.grant.cached_tokens)
-        coverage = Coverage(plan.layers, first_block, blocks)
-        while not self._source_blocks:
-            await self._news()
-        cutter = SpanCutter(
-            runs_of(self._source_blocks[:blocks]),
-            list(accepted.runs),
-            max(1, self._config.max_message_bytes // plan.block_bytes),
+    def _cutting(self, plan: TransferPlan, accepted: handoff_pb2.Accepted) -> Cutting:
+        return Cutting(
+            blocks=plan.blocks_for(self._order.token_count),
+            first_block=plan.cached_blocks(self._order.grant.cached_tokens),
+            runs=tuple(accepted.runs),
+            max_blocks=max(1, self._config.max_message_bytes // plan.block_bytes),
         )
-        while self._commit is None or self._pending:
-            if not self._pending:
-                await self._news()
-                continue
-            span = _without_cached(self._pending.pop(), first_block)
-            if span is None:
-                continue
-            if (problem := coverage.problem(span)) is not None:
-                raise InternalError(f"KV of {self._order.dispatch} announced wrongly: {problem}.")
-            coverage.add(span)
-            for piece in cutter.cut(span):
-                await link.window.acquire()
-                self._send(piece, plan, link)
-        if not coverage.complete:
-            raise InternalError(f"{coverage.missing} KV blocks of {self._order.dispatch} were never announced.")
-        self._put(
-            handoff_pb2.HandoffRequest(
-                commit=handoff_pb2.Commit(
-                    segment_count=self._segments, byte_count=self._bytes, first_tokens=self._commit
-                )
-            )
-        )
-
-    async def _news(self) -> None:
-        self._wake.clear()
-        await self._wake.wait()
-
-    def _send(self, span: Span, plan: TransferPlan, link: PeerLink) -> None:
-        """Announces and starts one message; the caller holds a slot of the window, SegmentDone gives it back."""
-        first_id = self._source_blocks[span.first_block]
-        data = self._side.arena.blocks(span.layer, first_id, span.block_count)
-        tag = self._order.grant.first_tag + self._segments
-        self._segments += 1
-        self._bytes += len(data)
-        now_s = time.monotonic()
-        self._first_send_s = self._first_send_s or now_s
-        self._credits[tag] = now_s
-        segment = handoff_pb2.Segment(
-            tag=tag,
-            layer=span.layer,
-            first_block=span.first_block,
-            block_count=span.block_count,
-            length=len(data),
-            checksums=block_checksums(data, plan.block_bytes),
-        )
-        self._put(handoff_pb2.HandoffRequest(segment=segment))
-        task = asyncio.create_task(self._transmit(link, tag, data))
-        self._sends.add(task)
-        task.add_done_callback(self._sends.discard)
-
-    async def _transmit(self, link: PeerLink, tag: int, data: memoryview) -> None:
-        try:
-            await link.connection.send(tag, data)
-        except TransferFailed as error:
-            self._apply(Failed(error))
 
     # ---- what the peer says
 
@@ -269,7 +201,7 @@ class Handoff:
                 if not self._accepted.done():
                     self._accepted.set_result(answer.accepted)
             case "segment_done":
-                self._on_segment_done(answer.segment_done.tag)
+                self._pusher.confirmed(answer.segment_done.tag)
             case "activated":
                 self._activated = isinstance(self._lease, SourceHeld)
                 self._apply(Delivered())
@@ -279,11 +211,6 @@ class Handoff:
                 self._apply(Failed(error))
             case "heartbeat" | "released" | None:
                 pass
-
-    def _on_segment_done(self, tag: int) -> None:
-        if self._credits.pop(tag, None) is not None and self._link is not None:
-            self._last_done_s = time.monotonic()
-            self._link.window.release()
 
     def _never_accepted(self, error: PdserveError) -> None:
         if not self._accepted.done():
@@ -301,17 +228,14 @@ class Handoff:
             if self._accepted.done():
                 self._put(handoff_pb2.HandoffRequest(heartbeat=handoff_pb2.Heartbeat()))
                 if not self._liveness.beat():
+                    self._silent = True
                     self._apply(PeerLost(TransferFailed("The decode worker is silent: no heartbeat.")))
             elif self._session is None:
                 # Not begun: the connect has its own deadline, the lease is not the peer's to renew yet.
                 self._apply(PeerHeard())
-            self._check_stall()
+            if self._pusher.stalled_s() > self._config.lease_s:
+                self._apply(Failed(TransferFailed(f"No KV message was confirmed for {self._config.lease_s:g} s.")))
             self._apply(SourceTick())
-
-    def _check_stall(self) -> None:
-        oldest_s = min(self._credits.values(), default=None)
-        if oldest_s is not None and time.monotonic() - max(oldest_s, self._last_done_s) > self._config.lease_s:
-            self._apply(Failed(TransferFailed(f"No KV message was confirmed for {self._config.lease_s:g} s.")))
 
     # ---- the end
 
@@ -322,18 +246,17 @@ class Handoff:
                 case StopSending():
                     self._stopped.set()
                 case CloseConnection():
-                    if self._link is not None:
-                        self._tasks.spawn(self._link.connection.close(), "handoff-close-link")
+                    self._tasks.spawn(self._close_link(), "handoff-close-link")
                 case ReleaseBlocks():
                     pass  # `run` goes on to the outcome
 
     async def _settle(self) -> None:
         """Until no send reads the blocks: they end by themselves, or by the close of the connection."""
-        while self._sends:
+        while self._pusher.sends:
             deadline_s = source_deadline_s(self._lease)
             assert deadline_s is not None
-            await asyncio.wait(self._sends, timeout=max(0.0, deadline_s - time.monotonic()))
-            if self._sends:
+            await asyncio.wait(self._pusher.sends, timeout=max(0.0, deadline_s - time.monotonic()))
+            if self._pusher.sends:
                 self._apply(SourceTick())
         self._apply(SendsSettled())
 
@@ -341,6 +264,9 @@ class Handoff:
         """Says FIN and waits for the peer's last word; a peer that gives none loses the connection."""
         session = self._session
         if session is None or session.ended.is_set():
+            return
+        if self._silent:
+            await self._close_link()
             return
         if not self._activated:
             # Also in answer to Refused: only an explicit FIN tells the peer that nothing more will be written.
@@ -352,18 +278,16 @@ class Handoff:
             async with asyncio.timeout(self._grace_s):
                 await session.ended.wait()
         except TimeoutError:
-            if self._link is not None and not self._activated:
-                await self._link.connection.close()
+            if not self._activated:
+                await self._close_link()
+
+    async def _close_link(self) -> None:
+        if self._link is not None:
+            await self._link.connection.close()
 
     def _put(self, request: handoff_pb2.HandoffRequest) -> None:
         if self._session is not None:
             self._session.put(request)
-
-    def _return_credits(self) -> None:
-        if self._link is not None:
-            for _ in self._credits:
-                self._link.window.release()
-        self._credits.clear()
 
     def _describe(self) -> HandoffOutcome:
         error = (
@@ -372,19 +296,13 @@ class Handoff:
         return HandoffOutcome(
             dispatch=self._order.dispatch,
             transport=self._order.grant.endpoint.transport,
-            bytes=self._bytes,
-            segments=self._segments,
-            transfer_us=_microseconds(self._first_send_s, self._last_done_s),
+            bytes=self._pusher.bytes,
+            segments=self._pusher.segments,
+            transfer_us=_microseconds(self._pusher.first_send_s, self._pusher.last_done_s),
             exposed_us=_microseconds(self._finish_s, self._end_s) if self._activated else 0,
             error=error,
             activated=self._activated,
         )
-
-
-def _without_cached(span: Span, first_block: int) -> Span | None:
-    """`span` without the blocks that lie at the destination already."""
-    start = max(span.first_block, first_block)
-    return Span(span.layer, start, span.end_block - start) if start < span.end_block else None
 
 
 def _microseconds(start_s: float, end_s: float) -> int:
