@@ -46,8 +46,8 @@ def test_pieces_tile_the_span_and_are_contiguous_on_both_sides(
     for piece in pieces:
         assert piece.layer == 1
         assert 1 <= piece.block_count <= limit
-        for table in (source, target):
-            ids = table[piece.first_block : piece.end_block]
+        for ids_of in (source, target):
+            ids = ids_of[piece.first_block : piece.end_block]
             assert ids == list(range(ids[0], ids[0] + len(ids)))
 
 
