@@ -20,6 +20,8 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 Context: TypeAlias = "grpc.aio.ServicerContext[Request, Response]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Request, Response]"
+UnaryCall: TypeAlias = "Callable[[Request, Context[Request, Response]], Awaitable[Response]]"
+StreamCall: TypeAlias = "Callable[[Request, Context[Request, Response]], AsyncIterator[Response]]"
 
 log = get_logger(__name__)
 
@@ -45,7 +47,7 @@ class Guards(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 
 def _guarded_unary(handler: Handler[Request, Response], keys: ApiKeys) -> Handler[Request, Response]:
-    inner = cast(Callable[[Request, Context[Request, Response]], Awaitable[Response]], handler.unary_unary)
+    inner = cast("UnaryCall[Request, Response]", handler.unary_unary)
 
     async def call(request: Request, context: Context[Request, Response]) -> Response:
         try:
@@ -66,7 +68,7 @@ def _guarded_unary(handler: Handler[Request, Response], keys: ApiKeys) -> Handle
 
 
 def _guarded_stream(handler: Handler[Request, Response], keys: ApiKeys) -> Handler[Request, Response]:
-    inner = cast(Callable[[Request, Context[Request, Response]], AsyncIterator[Response]], handler.unary_stream)
+    inner = cast("StreamCall[Request, Response]", handler.unary_stream)
 
     async def call(request: Request, context: Context[Request, Response]) -> AsyncIterator[Response]:
         try:
