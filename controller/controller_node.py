@@ -50,7 +50,11 @@ class ControllerNode:
         metrics = Metrics(model.name)
         self._grpc = GrpcEndpoint(config, keys)
         fleet_settings = FleetSettings(
-            controller_id, config.worker.heartbeat_s, config.worker.heartbeat_misses, self._grpc.worker_credentials
+            controller_id,
+            config.worker.heartbeat_s,
+            config.worker.heartbeat_misses,
+            stall_s=config.transfer.lease_s,
+            credentials=self._grpc.worker_credentials,
         )
         self._fleet = Fleet(fleet_settings, clock)
         rng = Random(secrets.randbits(64))

@@ -28,8 +28,6 @@ from pdserve.errors import NoCapacity, PdserveError, PromptTooLong, WorkerLost
 from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
 
-RESERVE_ANSWER_S = 5.0
-
 log = get_logger(__name__)
 
 
@@ -38,6 +36,7 @@ class PlacementSettings:
     policy_name: str
     policy: Policy
     transport: str  # empty = the best common one
+    reserve_answer_s: float = 5.0  # then the next candidate is asked
 
 
 class Dispatcher:
@@ -156,7 +155,16 @@ class Dispatcher:
         split = pick.kind == "split"
         clock = live.timeline.begin("reserve" if split else "prefill", attempt, pick.decode_worker, now)
         dispatch = Dispatch(
-            group, entry, attempt, pick, work, notes, "reserving", now + RESERVE_ANSWER_S, clock, set(group.choices)
+            group,
+            entry,
+            attempt,
+            pick,
+            work,
+            notes,
+            "reserving",
+            now + self._settings.reserve_answer_s,
+            clock,
+            set(group.choices),
         )
         tokens = live.request.prompt_tokens + resumed
         self.table.add(dispatch, burdens_of(pick, tokens, len(group.choices), decode.view().block_tokens))
@@ -351,7 +359,8 @@ class Dispatcher:
     def tick(self, now: float, absent_since_s: float | None) -> None:
         for dispatch in self.table.unanswered(now):
             self._fleet.send(dispatch.pick.decode_worker, work_messages.cancel(dispatch.live.key, dispatch.attempt))
-            error = NoCapacity(f"Worker {dispatch.pick.decode_worker} did not answer within {RESERVE_ANSWER_S:g} s.")
+            answer_s = self._settings.reserve_answer_s
+            error = NoCapacity(f"Worker {dispatch.pick.decode_worker} did not answer within {answer_s:g} s.")
             self._requeue_unserved(dispatch, "refused", error)
         for entry, failure in self._queue.expired(now, absent_since_s):
             self.fail(entry.item.live, failure)

@@ -49,6 +49,7 @@ class FleetSettings:
     controller_id: str
     heartbeat_s: float
     heartbeat_misses: int
+    stall_s: float = 10.0  # running sequences and no step for so long: the engine hangs
     credentials: grpc.ChannelCredentials | None = None
 
     @property
@@ -266,7 +267,7 @@ class Fleet:
                 self._step(record, membership.Tick(held_up_s))
             if record.member.state == "GONE" and now - record.member.heard_s > FORGET_S:
                 del self._records[record.worker_id]
-            elif record.member.state != "GONE" and record.judge_stall(now):
+            elif record.member.state != "GONE" and record.judge_stall(now, self._settings.stall_s):
                 log.warning("engine_stalled", worker_id=record.worker_id, step=record.load.engine_step)
                 assert self._sink is not None
                 self._sink.lost(record.worker_id, WorkerLost(f"The engine of worker {record.worker_id} hangs."))

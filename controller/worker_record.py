@@ -10,8 +10,7 @@ from controller.placement.snapshot import WorkerView
 from controller.worker_session import WorkerSession
 from pdserve.v1 import membership_pb2, types_pb2, worker_pb2
 
-STALL_S = 10.0  # running sequences and no step for so long: the engine hangs
-STALL_STEPS = 20  # or for so many of its usual steps, where those are slow
+STALL_STEPS = 20  # a hung engine is one that makes no step for so many of its usual ones, at least for `patience_s`
 _ROLE_NAMES: dict[int, RoleName] = {types_pb2.ROLE_PREFILL: "prefill", types_pb2.ROLE_DECODE: "decode"}
 
 
@@ -62,9 +61,9 @@ class WorkerRecord:
         self.load = load
         self._view = None
 
-    def judge_stall(self, now: float) -> bool:
-        """True when the engine has just been found to hang."""
-        patience_s = max(STALL_S, STALL_STEPS * self.load.step_ms / 1000)
+    def judge_stall(self, now: float, patience_s: float) -> bool:
+        """True when the engine has just been found to hang: sequences run, but no step is made."""
+        patience_s = max(patience_s, STALL_STEPS * self.load.step_ms / 1000)
         stalled = bool(self.load.running) and now - self._step_changed_s > patience_s
         found = stalled and not self.stalled
         if stalled != self.stalled:

@@ -126,10 +126,10 @@ async def cluster(
 ) -> AsyncIterator[ClusterTwin]:
     clock = asyncio.get_running_loop().time
     metrics = Metrics("twin")
-    fleet = Fleet(FleetSettings("controller-under-test", 0.2, 3), clock)
+    fleet = Fleet(FleetSettings("controller-under-test", 0.2, 3, stall_s=0.4), clock)
     settings = ServiceSettings(
         AdmissionLimits(queue_limit, queue_timeout_s, grace_s),
-        PlacementSettings("least-loaded", policy_named("least-loaded"), ""),
+        PlacementSettings("least-loaded", policy_named("least-loaded"), "", reserve_answer_s=0.3),
         request_timeout_s=request_timeout_s,
         max_attempts=5,
         timelines_kept=100,

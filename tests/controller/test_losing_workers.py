@@ -293,3 +293,45 @@ async def test_many_streams_survive_a_storm_of_deaths() -> None:
         for seed, got in enumerate(await asyncio.gather(*streams)):
             assert got.token_ids == expected(120, 1 + seed % 3, seed)
         await twin.until(twin.idle, "idle")
+
+
+async def test_a_reservation_that_is_not_answered_goes_to_the_next_candidate() -> None:
+    async with cluster() as twin:
+        await twin.square()
+        twin.workers["d0"].faults.ignore_reserves = True
+        for _ in range(4):
+            assert (await twin.collect(asked(10))).token_ids == expected(10)
+        await twin.until(twin.idle, "idle")
+
+
+async def test_a_hung_engine_is_seen_though_its_worker_still_talks() -> None:
+    async with cluster() as twin:
+        await twin.square()
+        running = asyncio.create_task(twin.collect(asked(600)))
+        await twin.until(lambda: any(worker.steps > 5 for worker in decodes(twin)), "decoding")
+        worker = next(worker for worker in decodes(twin) if worker.runs)
+        worker.faults.hang_engine = True
+        assert (await running).token_ids == expected(600)
+        assert twin.state(worker.worker_id) == "READY"
+        await twin.until(twin.idle, "idle")
+
+
+async def test_a_hand_off_that_hangs_at_a_prefill_worker_that_dies_is_done_again() -> None:
+    async with cluster() as twin:
+        await twin.square()
+        for name in ("p0", "p1"):
+            twin.workers[name].faults.hold_activation_s = 30
+        got, stream = Got(), twin.service.generate(asked(40))
+        async for item in stream:
+            got.add(item)
+            if got.count == 1:
+                break
+        assert not any(worker.runs for worker in decodes(twin)), "the first token came before the hand-off ended"
+        holder = next(w for w in twin.workers.values() if any(c.HasField("prefill") for c in w.commands))
+        other = "p1" if holder.worker_id == "p0" else "p0"
+        twin.workers[other].faults.hold_activation_s = 0
+        await holder.kill()
+        async for item in stream:
+            got.add(item)
+        assert got.token_ids == expected(40)
+        await twin.until(twin.idle, "idle")

@@ -47,6 +47,7 @@ class Faults:
     duplicate: bool = False
     reorder: bool = False
     hold_first_token_s: float = 0.0
+    hold_activation_s: float = 0.0
     silent: bool = False
     hang_engine: bool = False
     reset_after_tokens: int | None = None  # the stream breaks once, the process lives
@@ -284,6 +285,7 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         if peer is None:
             self._failed(work, "transfer_failed")
         elif going_on:
+            await asyncio.sleep(self.faults.hold_activation_s)
             peer.activate(work, going_on)
             if not self.faults.swallow_activation_report:
                 self._report(work, worker_pb2.HANDOFF_STAGE_COMMITTED)
