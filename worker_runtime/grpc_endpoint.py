@@ -1,12 +1,16 @@
-"""Owns the worker's gRPC server: both services, health, and the address that peers are given."""
+"""Owns the worker's gRPC server: both services, health, reflection, the status of errors, and the address that peers are given."""
 
 from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeAlias, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pdserve.errors import Unavailable
+from pdserve.errors import PdserveError, Unavailable
 from pdserve.v1 import handoff_pb2, handoff_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -19,11 +23,16 @@ _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
 )
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+# Generic in the stubs only.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Request, Response]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Request, Response]"
 
 
 class GrpcEndpoint:
     def __init__(self, host: str) -> None:
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=(_StatusOfErrors(),))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -47,3 +56,34 @@ class GrpcEndpoint:
 
     async def close(self, grace_s: float) -> None:
         await self._server.stop(grace_s)
+
+
+class _StatusOfErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Ends a stream whose servicer raised with the error's own status, its reason in the trailing metadata."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler[Request, Response]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler[Request, Response]:
+        handler = await continuation(handler_call_details)
+        if handler is None or not (handler.request_streaming and handler.response_streaming):
+            return handler
+        serve = handler.stream_stream
+
+        async def stream(
+            requests: AsyncIterator[Request], context: Context[Request, Response]
+        ) -> AsyncIterator[Response]:
+            answers: AsyncGenerator[Response, None] = serve(requests, context)  # type: ignore[misc, assignment, arg-type]
+            try:
+                async with aclosing(answers):
+                    async for answer in answers:
+                        yield answer
+            except PdserveError as error:
+                await context.abort(error.grpc_status, error.message, (("pdserve-reason", error.reason),))
+
+        return grpc.stream_stream_rpc_method_handler(
+            stream,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )

@@ -18,10 +18,11 @@ T = TypeVar("T")
 class SessionTwin:
     """One session as its controller sees it, over several streams. Acknowledges by itself unless told not to."""
 
-    def __init__(self, controller_id: str, address: str, acknowledges: bool = True) -> None:
+    def __init__(self, controller_id: str, address: str, acknowledges: bool = True, timeout_ms: int = 5000) -> None:
         self.controller_id = controller_id
         self.address = address
         self.acknowledges = acknowledges
+        self.timeout_ms = timeout_ms
         self.snapshots: list[worker_pb2.WorkerSnapshot] = []
         self.events: list[worker_pb2.SessionResponse] = []  # each sequence once
         self.loads: list[worker_pb2.LoadReport] = []
@@ -36,11 +37,12 @@ class SessionTwin:
 
     async def open(self) -> SessionTwin:
         known = len(self.snapshots)
+        self.status = None
         self._requests = asyncio.Queue()
         self._channel = grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
         self.send(
             worker_pb2.SessionRequest(
-                open=worker_pb2.OpenSession(controller_id=self.controller_id, session_timeout_ms=5000)
+                open=worker_pb2.OpenSession(controller_id=self.controller_id, session_timeout_ms=self.timeout_ms)
             )
         )
         self._task = asyncio.create_task(self._read(self._channel, self._requests))
@@ -209,8 +211,8 @@ class ControllerTwin(membership_pb2_grpc.MembershipServiceServicer):
                 self._news.clear()
                 await self._news.wait()
 
-    async def session(self, worker_id: str, *, acknowledges: bool = True) -> SessionTwin:
+    async def session(self, worker_id: str, *, acknowledges: bool = True, timeout_ms: int = 5000) -> SessionTwin:
         await self.registered([worker_id])
-        session = SessionTwin(self.controller_id, self.workers[worker_id].address, acknowledges)
+        session = SessionTwin(self.controller_id, self.workers[worker_id].address, acknowledges, timeout_ms)
         self.sessions.append(session)
         return await session.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grpc
 import pytest
 
 from pdserve.v1 import worker_pb2
@@ -139,6 +140,7 @@ async def test_a_controller_that_acknowledges_nothing_loses_its_session_when_the
     session = await controller.session("d0", acknowledges=False)
     session.send(commands.generate(commands.work(1, PROMPT, max_tokens=50_000)))
     await session.until(lambda: session.status is not None)
+    assert session.status is grpc.StatusCode.RESOURCE_EXHAUSTED
     await session.drop()
     other = ControllerTwin("c1")
     other.workers = controller.workers

@@ -11,6 +11,7 @@ from typing import Literal
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pdserve.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 from tests.worker import commands
@@ -187,7 +188,7 @@ async def test_a_malformed_command_ends_its_session_only(controller: ControllerT
     broken.token_ids = broken.token_ids[:-1]
     second.send(commands.generate(broken))
     await second.until(lambda: second.status is not None)
-    assert second.status is not grpc.StatusCode.OK
+    assert second.status is grpc.StatusCode.INVALID_ARGUMENT
     await session.until(lambda: session.finished(1))
     assert len(session.tokens(1)[0]) == 100
     await second.drop()
@@ -219,7 +220,8 @@ async def test_a_session_that_does_not_begin_with_open_is_refused(
         )
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
-        assert caught.value.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert ("pdserve-reason", "invalid_request_error") in (caught.value.trailing_metadata() or ())
 
 
 async def test_cancel_stops_a_local_request_and_frees_its_blocks(
@@ -259,3 +261,30 @@ async def test_a_command_that_comes_twice_has_one_effect(controller: ControllerT
     await session.until(lambda: session.finished(1))
     assert len(session.tokens(1)[0]) == 30
     await asyncio.wait_for(session.blocks_free(session.loads[-1].blocks_total), 5)
+
+
+async def test_health_says_serving_for_the_worker_and_both_services(
+    controller: ControllerTwin, start_worker: StartWorker
+) -> None:
+    await start_worker("d0", "decode")
+    session = await controller.session("d0")
+    async with grpc.aio.insecure_channel(session.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "pdserve.v1.WorkerService", "pdserve.v1.HandoffService"):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_controller_that_falls_silent_loses_its_stream_and_keeps_its_session(
+    controller: ControllerTwin, start_worker: StartWorker
+) -> None:
+    await start_worker("d0", "decode", step_ms=5)
+    session = await controller.session("d0", acknowledges=False, timeout_ms=600)
+    session.send(commands.generate(commands.work(1, PROMPT, max_tokens=400)))
+    await session.until(lambda: session.status is not None)
+    assert session.status is grpc.StatusCode.DEADLINE_EXCEEDED
+    session.acknowledges = True
+    await session.drop()
+    await session.open()
+    await session.until_finished(1)
+    assert len(session.tokens(1)[0]) == 400
