@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import uvloop
+
 from benchmarks.load import Load, LoadReport, LoadSettings
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -60,6 +62,14 @@ async def test_streams_are_counted_and_timed_over_kept_connections() -> None:
         report = await load(port)
     assert (report.requests, report.failures, report.tokens) == (5, 0, 15)
     assert 0 < report.ttft_p50_s <= report.ttft_p99_s < report.wall_s
+
+
+def test_the_generator_runs_on_uvloop_as_its_process_does() -> None:
+    async def scenario() -> LoadReport:
+        async with server(WHOLE, write_whole) as port:
+            return await load(port)
+
+    assert uvloop.run(scenario()).requests == 5
 
 
 async def test_a_stream_is_understood_however_it_is_cut() -> None:
