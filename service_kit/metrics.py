@@ -1,0 +1,276 @@
+"""Owns the metrics: one Prometheus registry per process, our families and their vLLM aliases, typed calls to observe.
+
+A family with an alias is observed once and exposed under both names. Labels are bounded: no ids, prompts or keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from pdserve.errors import ERRORS_BY_REASON
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+TTFT_BUCKETS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)  # fmt: skip
+ITL_BUCKETS = (.001, .0025, .005, .01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)  # fmt: skip
+REQUEST_BUCKETS = (.01, .05, .1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)  # fmt: skip
+STAGE_BUCKETS = (.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)  # fmt: skip
+LAG_BUCKETS = (.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 5)  # fmt: skip
+
+FinishedReason = Literal["stop", "length", "cancelled", "error"]
+Stage = Literal["tokenize", "queue", "reserve", "prefill", "transfer", "activate", "decode", "detokenize"]
+MigrationKind = Literal["prefill_lost", "decode_lost", "handoff_failed", "drain", "role_switch"]
+MigrationOutcome = Literal["resumed", "failed"]
+VerifyFailure = Literal["checksum", "length", "identity", "stale"]
+TransferFailure = Literal["connection", "checksum", "refused", "timeout", "other"]
+TransportLabel = Literal["ucx", "tcp", "inproc", "other"]
+SloKind = Literal["ttft", "itl", "e2e"]
+
+Family: TypeAlias = Counter | Gauge | Histogram
+F = TypeVar("F", Counter, Gauge, Histogram)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """Seconds of one finished request, and the tokens they were spent on."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    total_s: float
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetLoad:
+    """Sums over all live workers."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    blocks_leaked: int
+    ready_workers: Mapping[Literal["prefill", "decode"], int]
+
+
+class _Families:
+    """Makes families in one registry; keeps which of them have an alias."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self.aliases: list[tuple[Family, str, str]] = []
+
+    def counter(self, name: str, text: str, labels: Iterable[str] = (), alias: str = "") -> Counter:
+        return self._aliased(Counter(f"pdserve_{name}", text, labels, registry=self._registry), name, alias)
+
+    def gauge(self, name: str, text: str, labels: Iterable[str] = (), alias: str = "") -> Gauge:
+        return self._aliased(Gauge(f"pdserve_{name}", text, labels, registry=self._registry), name, alias)
+
+    def histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: Iterable[str] = (), alias: str = ""
+    ) -> Histogram:
+        made = Histogram(f"pdserve_{name}", text, labels, registry=self._registry, buckets=buckets)
+        return self._aliased(made, name, alias)
+
+    def _aliased(self, family: F, name: str, alias: str) -> F:
+        if alias:
+            self.aliases.append((family, f"pdserve_{name}", f"vllm:{alias}"))
+        return family
+
+
+class _AliasCollector(Collector):
+    """Gives the families with an alias a second time, under the vLLM name and with vLLM's label model_name."""
+
+    def __init__(self, aliases: Iterable[tuple[Family, str, str]], model_name: str) -> None:
+        self._aliases = tuple(aliases)
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        for family, name, alias in self._aliases:
+            for ours in family.collect():
+                theirs = Metric(alias, ours.documentation, ours.type)
+                for sample in ours.samples:
+                    labels = {"model_name": self._model_name, **sample.labels}
+                    theirs.add_sample(alias + sample.name.removeprefix(name), labels, sample.value)
+                yield theirs
+
+
+class RequestMetrics:
+    """What clients see."""
+
+    def __init__(self, make: _Families) -> None:
+        self._prompt = make.counter("prompt_tokens", "Prompt tokens of accepted requests.", alias="prompt_tokens")
+        self._generated = make.counter("generation_tokens", "Tokens sent to clients.", alias="generation_tokens")
+        self._finished = make.counter(
+            "request_success", "Finished requests.", ["finished_reason"], alias="request_success"
+        )
+        self._rejected = make.counter("rejections", "Requests refused, by error reason.", ["reason"])
+        self._ttft = make.histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS, alias="time_to_first_token_seconds"
+        )
+        self._itl = make.histogram(
+            "inter_token_latency_seconds", "Gap between tokens.", ITL_BUCKETS, alias="inter_token_latency_seconds"
+        )
+        self._tpot = make.histogram(
+            "request_time_per_output_token_seconds", "Mean gap between tokens of one request.", ITL_BUCKETS,
+            alias="request_time_per_output_token_seconds",
+        )  # fmt: skip
+        self._e2e = make.histogram(
+            "e2e_request_latency_seconds", "Arrival to end.", REQUEST_BUCKETS, alias="e2e_request_latency_seconds"
+        )
+        self._queue, self._prefill, self._decode = (
+            make.histogram(f"request_{part}_time_seconds", text, REQUEST_BUCKETS, alias=f"request_{part}_time_seconds")
+            for part, text in (
+                ("queue", "Waiting for a worker."), ("prefill", "Dispatch to first token."), ("decode", "First token to end."),
+            )
+        )  # fmt: skip
+        self._stage = make.histogram("stage_seconds", "Parts of a request.", STAGE_BUCKETS, ["stage"])
+        self._slo_attained = make.counter("slo_attained", "Requests within their objective.", ["objective"])
+        self._slo_total = make.counter("slo_total", "Requests with an objective.", ["objective"])
+
+    def accepted(self, prompt_tokens: int) -> None:
+        self._prompt.inc(prompt_tokens)
+
+    def rejected(self, reason: str) -> None:
+        """`reason`: of pdserve.errors; others count as "other"."""
+        self._rejected.labels(reason if reason in ERRORS_BY_REASON else "other").inc()
+
+    def first_token(self, ttft_s: float) -> None:
+        self._ttft.observe(ttft_s)
+
+    def tokens(self, count: int) -> None:
+        self._generated.inc(count)
+
+    def token_gap(self, itl_s: float) -> None:
+        self._itl.observe(itl_s)
+
+    def finished(self, reason: FinishedReason, times: RequestTimes) -> None:
+        self._finished.labels(reason).inc()
+        self._queue.observe(times.queue_s)
+        self._prefill.observe(times.prefill_s)
+        self._decode.observe(times.decode_s)
+        self._e2e.observe(times.total_s)
+        if times.output_tokens > 1:
+            self._tpot.observe(times.decode_s / (times.output_tokens - 1))
+
+    def stage(self, stage: Stage, seconds: float) -> None:
+        self._stage.labels(stage).observe(seconds)
+
+    def objective(self, kind: SloKind, attained: bool) -> None:
+        self._slo_total.labels(kind).inc()
+        self._slo_attained.labels(kind).inc(attained)
+
+
+class TransferMetrics:
+    """Hand-offs of KV between workers."""
+
+    def __init__(self, make: _Families) -> None:
+        self._bytes = make.counter("kv_transfer_bytes", "KV bytes handed over.", ["transport"])
+        self._seconds = make.histogram(
+            "kv_transfer_seconds", "First byte to last byte of a hand-off.", STAGE_BUCKETS, ["transport"]
+        )
+        self._exposed = make.histogram(
+            "kv_transfer_exposed_seconds", "End of prefill to activation.", STAGE_BUCKETS, ["transport"]
+        )
+        self._failures = make.counter("kv_transfer_failures", "Hand-offs that failed.", ["kind"])
+        self._expired = make.counter("kv_transfer_expired", "KV leases that expired.")
+        self._verify = make.counter("kv_verify_failures", "Blocks that did not match what was announced.", ["kind"])
+
+    def handed_over(self, transport: str, byte_count: int, transfer_s: float, exposed_s: float) -> None:
+        label = transport if transport in ("ucx", "tcp", "inproc") else "other"
+        self._bytes.labels(label).inc(byte_count)
+        self._seconds.labels(label).observe(transfer_s)
+        self._exposed.labels(label).observe(exposed_s)
+
+    def failed(self, kind: TransferFailure) -> None:
+        self._failures.labels(kind).inc()
+
+    def expired(self, count: int = 1) -> None:
+        self._expired.inc(count)
+
+    def verify_failed(self, kind: VerifyFailure, count: int = 1) -> None:
+        self._verify.labels(kind).inc(count)
+
+
+class RoutingMetrics:
+    """Placement and what became of it."""
+
+    def __init__(self, make: _Families) -> None:
+        self._decisions = make.counter("routing_decisions", "Placement decisions.", ["policy", "reason"])
+        self._migrations = make.counter("migrations", "Requests moved to another worker.", ["kind", "outcome"])
+        self._predicted = make.histogram("predicted_ttft_seconds", "TTFT that placement predicted.", TTFT_BUCKETS)
+        self._error = make.histogram("predicted_ttft_error_seconds", "Predicted against real TTFT.", TTFT_BUCKETS)
+
+    def decided(self, policy: str, reason: str) -> None:
+        """Both from the code's own bounded sets of names, never from a client."""
+        self._decisions.labels(policy, reason).inc()
+
+    def migrated(self, kind: MigrationKind, outcome: MigrationOutcome) -> None:
+        self._migrations.labels(kind, outcome).inc()
+
+    def predicted(self, predicted_s: float, real_s: float) -> None:
+        self._predicted.observe(predicted_s)
+        self._error.observe(abs(predicted_s - real_s))
+
+
+class FleetMetrics:
+    """Load of all workers together."""
+
+    def __init__(self, make: _Families) -> None:
+        self._running = make.gauge("requests_running", "Sequences in batches.", alias="num_requests_running")
+        self._waiting = make.gauge("requests_waiting", "Requests waiting.", alias="num_requests_waiting")
+        self._usage = make.gauge("kv_cache_usage_ratio", "Blocks in use, 0 to 1.", alias="kv_cache_usage_perc")
+        self._leaked = make.gauge("leaked_blocks", "Blocks that nobody owns; always 0.")
+        self._ready = make.gauge("ready_workers", "Workers that take work.", ["role"])
+        self._cache = make.gauge(
+            "cache_config_info", "KV pool; the value is 1.", ["block_size", "num_gpu_blocks"], alias="cache_config_info"
+        )
+        self._queries = make.counter("prefix_cache_queries", "Prompt tokens looked up.", alias="prefix_cache_queries")
+        self._hits = make.counter("prefix_cache_hits", "Prompt tokens found.", alias="prefix_cache_hits")
+
+    def load(self, load: FleetLoad) -> None:
+        self._running.set(load.running)
+        self._waiting.set(load.waiting)
+        used = load.blocks_total - load.blocks_free
+        self._usage.set(used / load.blocks_total if load.blocks_total else 0.0)
+        self._leaked.set(load.blocks_leaked)
+        for role, count in load.ready_workers.items():
+            self._ready.labels(role).set(count)
+
+    def cache_config(self, block_tokens: int, blocks_total: int) -> None:
+        self._cache.clear()
+        self._cache.labels(str(block_tokens), str(blocks_total)).set(1)
+
+    def prefix_lookups(self, query_tokens: int, hit_tokens: int) -> None:
+        """Growth since the last call, over all workers."""
+        self._queries.inc(query_tokens)
+        self._hits.inc(hit_tokens)
+
+
+class Metrics:
+    """All families of one process. Made once, in `__main__`, and handed down."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        make = _Families(self.registry)
+        self.requests = RequestMetrics(make)
+        self.transfer = TransferMetrics(make)
+        self.routing = RoutingMetrics(make)
+        self.fleet = FleetMetrics(make)
+        self._lag = make.histogram("event_loop_lag_seconds", "How late the event loop runs.", LAG_BUCKETS)
+        self.registry.register(_AliasCollector(make.aliases, model_name))
+
+    def event_loop_lag(self, lag_s: float) -> None:
+        self._lag.observe(max(lag_s, 0.0))
+
+    def exposition(self) -> bytes:
+        """Body of /metrics, of type CONTENT_TYPE."""
+        return generate_latest(self.registry)
