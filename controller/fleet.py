@@ -197,7 +197,7 @@ class Fleet:
                 self._settle(response.result.command_id, command_error(response.result))
             case _:
                 pass  # KV events are for the prefix index; what is unknown comes from a newer worker
-        record.member_changed(membership.step(record.member, Heard(False), self._limits, now)[0])
+        record.frame_s = now
 
     # ---- operators
 
@@ -264,7 +264,7 @@ class Fleet:
         now = self._clock()
         for record in list(self._records.values()):
             if record.member.state != "GONE":
-                self._step(record, membership.Tick(held_up_s))
+                self._step(record, membership.Tick(record.frame_s, held_up_s))
             if record.member.state == "GONE" and now - record.member.heard_s > FORGET_S:
                 del self._records[record.worker_id]
             elif record.member.state != "GONE" and record.judge_stall(now, self._settings.stall_s):

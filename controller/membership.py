@@ -70,8 +70,9 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """`held_up_s`: for so long this process itself could not listen; that is no silence of the worker."""
+    """`heard_s`: when its last frame came; `held_up_s`: for so long this process could not listen, which is no silence."""
 
+    heard_s: float = 0.0
     held_up_s: float = 0.0
 
 
@@ -106,8 +107,9 @@ def step(member: Member, event: Event, limits: Limits, now: float) -> Step:
             return replace(member, state=_drained(member.state, True)), ()
         case ConnectionLost():
             return _disconnected(member, event, now)
-        case Tick(held_up_s=held_up_s):
-            return _tick(replace(member, heard_s=member.heard_s + held_up_s), limits, now)
+        case Tick(heard_s=heard_s, held_up_s=held_up_s):
+            heard_s = min(now, max(member.heard_s, heard_s) + held_up_s)
+            return _tick(replace(member, heard_s=heard_s), limits, now)
         case _:
             assert_never(event)
 

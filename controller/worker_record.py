@@ -32,6 +32,7 @@ class WorkerRecord:
         self.session: WorkerSession | None = None
         self.dispatches = 0
         self.stalled = False
+        self.frame_s = 0.0  # when its last frame came; `member` learns of it at the next tick
         self._step_changed_s = 0.0
         self._prefill_tokens = 0
         self._sequences = 0
@@ -147,6 +148,6 @@ class WorkerRecord:
             verify_failures=load.verify_failures,
             expired_leases=load.expired_leases,
             resident_bytes=load.resident_bytes,
-            silent_s=max(0.0, now - member.heard_s),
+            silent_s=max(0.0, now - max(member.heard_s, self.frame_s)),
             lost_reason=member.lost_reason,
         )

@@ -52,6 +52,7 @@ def test_silence_is_death_but_not_our_own_deafness() -> None:
     assert member.state == "GONE"
     assert isinstance(commands[-1], DeclareLost)
     assert run(*READY, (1.7, Tick(held_up_s=1.0)))[0].state == "READY"
+    assert run(*READY, (1.7, Tick(heard_s=0.5)))[0].state == "READY"
 
 
 def test_heartbeats_keep_it_alive() -> None:
