@@ -21,7 +21,7 @@ class AcceptedConnections:
         self._claim_s = claim_s
         self._claimed: dict[tuple[str, bytes], Connection] = {}
         self._unclaimed: dict[tuple[str, bytes], tuple[Connection, asyncio.TimerHandle]] = {}
-        self._wanted: dict[tuple[str, bytes], asyncio.Future[None]] = {}
+        self._wanted: dict[tuple[str, bytes], list[asyncio.Future[None]]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def add(self, transport: str, connection: Connection, hello: bytes) -> None:
@@ -33,9 +33,9 @@ class AcceptedConnections:
             return
         timer = asyncio.get_running_loop().call_later(self._claim_s, self._expire, key)
         self._unclaimed[key] = (connection, timer)
-        waiting = self._wanted.get(key)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(None)
+        for waiting in self._wanted.get(key, ()):
+            if not waiting.done():
+                waiting.set_result(None)
 
     async def claim(self, transport: str, hello: bytes) -> Connection:
         """The connection that said `hello`; waits for it `claim_s` at most, since Begin may be faster."""
@@ -47,22 +47,27 @@ class AcceptedConnections:
             timer.cancel()
             self._forget_closed()
             self._claimed[key] = connection
-        connection = self._claimed[key]
-        if connection.closed:
+        claimed = self._claimed.get(key)
+        if claimed is None or claimed.closed:
             raise TransferFailed("The data connection that Begin names is closed.")
-        return connection
+        return claimed
 
     async def _wait_for(self, key: tuple[str, bytes]) -> None:
-        if key in self._wanted or len(self._wanted) >= _MAX_UNCLAIMED:
-            raise TransferFailed("The data connection that Begin names is not there.")
-        waiting = self._wanted[key] = asyncio.get_running_loop().create_future()
+        """Several hand-offs of a peer may wait for their one connection."""
+        if sum(map(len, self._wanted.values())) >= _MAX_UNCLAIMED:
+            raise TransferFailed("Too many hand-offs wait for their data connection.")
+        waiters = self._wanted.setdefault(key, [])
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiters.append(waiting)
         try:
             async with asyncio.timeout(self._claim_s):
                 await waiting
         except TimeoutError:
             raise TransferFailed(f"The data connection that Begin names did not come in {self._claim_s:g} s.") from None
         finally:
-            del self._wanted[key]
+            waiters.remove(waiting)
+            if not waiters:
+                self._wanted.pop(key, None)
 
     def _expire(self, key: tuple[str, bytes]) -> None:
         connection, _ = self._unclaimed.pop(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
+from itertools import islice
 from typing import Protocol, cast
 
 from kv_transfer.transport import Buffer
@@ -15,8 +16,11 @@ from service_kit.logs import get_logger
 
 _log = get_logger(__name__)
 
-IDLE_S = 0.005  # between progress calls while nothing is transferred: bounds how late a new peer is seen
+IDLE_S = 0.01  # between progress calls while nothing is transferred: bounds how late a new peer is seen
 _GRACE_S = 1.0  # for an operation in progress to end by itself, before its endpoint is closed
+_SPINS = 4  # progress calls per turn of the loop: one that finds nothing costs half a microsecond
+_POLLED_PER_TURN = 2
+_ALL_POLLED_EVERY = 16
 _ABANDON_S = 0.25  # for a send to end after its endpoint was closed
 
 
@@ -82,6 +86,7 @@ class Pump:
         self._loop = asyncio.get_running_loop()
         self._active = 0
         self._polls: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        self._turns = 0
         self._stopped = False
         self._next: asyncio.Handle = self._loop.call_soon(self._turn)
 
@@ -107,8 +112,12 @@ class Pump:
             del self._polls[waiting]
 
     def _turn(self) -> None:
-        self._binding.progress()
-        for waiting, ready in self._polls.items():
+        for _ in range(_SPINS if self._active else 1):
+            self._binding.progress()
+        self._turns += 1
+        # Messages come about in the order they were announced: probing all of them at every turn costs more than it finds.
+        everyone = self._turns % _ALL_POLLED_EVERY == 0 or not self._active
+        for waiting, ready in self._polls.items() if everyone else islice(self._polls.items(), _POLLED_PER_TURN):
             if waiting.done():
                 continue
             try:
@@ -155,7 +164,8 @@ class UcxConnection:
         try:
             with self._pump.active():
                 await asyncio.wait((task, self._gone), return_when=asyncio.FIRST_COMPLETED)
-                await asyncio.wait((task,), timeout=_ABANDON_S)
+                if not task.done():
+                    await asyncio.wait((task,), timeout=_ABANDON_S)
         except asyncio.CancelledError:
             await self.close()
             raise

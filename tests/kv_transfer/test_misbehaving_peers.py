@@ -214,6 +214,20 @@ async def test_a_data_connection_may_come_after_begin(peer: Peer) -> None:
     await peer.hear("accepted")
 
 
+async def test_several_begins_may_wait_for_their_one_connection(rig: Rig) -> None:
+    peers = [Peer(rig, rig.reserve((4 * key, 4 * key + 1), 32, key=key)) for key in (1, 2, 3)]
+    for key, peer in enumerate(peers, start=1):
+        peer.hello = peers[0].hello
+        begin = peer.begin_message()
+        begin.dispatch.request_key = key
+        await peer.say(begin=begin)
+    await asyncio.sleep(0.1)
+    await peers[0].connect()
+    for peer in peers:
+        await peer.hear("accepted")
+        await peer.close()
+
+
 @pytest.mark.parametrize(
     "change",
     [
