@@ -1,8 +1,8 @@
 """Overhead of the controller: requests and tokens per second, added TTFT, and CPU use per process, over modelled workers.
 
-`python -m benchmarks.controller [--full]`. One controller process, one fleet process of modelled workers, one load generator process;
-HTTP streaming, 512-token prompts, no shared prefix. Added TTFT = measured TTFT - the prefill time that the cost model names for a
-prompt alone, so it holds queueing in the workers too, wherever several prompts meet there.
+`python -m benchmarks.controller [--full]`. One controller process, a fleet of modelled workers in two processes, one load generator
+process; HTTP streaming, 512-token prompts, no shared prefix. Added TTFT = measured TTFT - the prefill time that the cost model names
+for a prompt alone, so it holds queueing in the workers too, wherever several prompts meet there.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PROMPT_TOKENS = 512
 OUTPUT_TOKENS = 64
 STREAMS = (1, 64, 256)
 SHAPES = {
-    "instant": FleetShape(prefill=4, decode=4, cost="instant"),
-    "h100": FleetShape(prefill=16, decode=16, cost="h100-llama2-70b-tp4"),
+    "fast": FleetShape(prefill=4, decode=4, cost="fast", processes=2),
+    "h100": FleetShape(prefill=16, decode=16, cost="h100-llama2-70b-tp4", processes=2),
 }
 PREFILL_CHUNK = 512
 

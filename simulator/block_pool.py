@@ -47,7 +47,8 @@ class BlockPool:
         """Takes `count` blocks with one reference each, all or nothing. Raises PoolExhausted."""
         if count > self.available:
             raise PoolExhausted(f"{count} blocks asked for, {self.available} of {self.size} are free")
-        return [self._take() for _ in range(count)]
+        # Eviction gives chains from their end; in order, neighbours travel in one message of a hand-off.
+        return sorted(self._take() for _ in range(count))
 
     def _take(self) -> int:
         if self._free:

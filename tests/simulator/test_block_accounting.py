@@ -156,6 +156,15 @@ def test_a_pool_evicts_the_least_recently_used_chain_from_its_end() -> None:
     assert pool.lookup([b"a", b"b"]) == [chain[0]]
 
 
+def test_blocks_taken_together_are_neighbours_where_the_pool_allows_it() -> None:
+    pool = BlockPool(8)
+    for chain, keys in ((pool.allocate(4), b"abcd"), (pool.allocate(4), b"efgh")):
+        for block, key in zip(chain, keys, strict=True):
+            pool.store(block, bytes([key]))
+        pool.release(chain)
+    assert pool.allocate(4) == [0, 1, 2, 3]
+
+
 def test_a_block_gets_a_new_generation_with_every_owner() -> None:
     pool = BlockPool(1)
     generations = []

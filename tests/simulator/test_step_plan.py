@@ -68,7 +68,7 @@ def test_a_prompt_alone_costs_one_fixed_part_per_chunk() -> None:
     assert COST.prefill_s(100, 40) == pytest.approx(3 * 0.5 + 1.0)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "instant"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if "llama" in name])
 def test_presets_keep_the_shape_of_the_tables_they_were_fitted_to(name: str) -> None:
     cost = PRESETS[name]
     assert 0.05 < cost.prefill_s(512) < 0.12  # 54 to 94 ms in the tables, fits are off by 18 ms at most
