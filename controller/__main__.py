@@ -19,7 +19,7 @@ from service_kit.api_keys import ApiKeys, api_keys_from
 from service_kit.config import ClusterConfig
 from service_kit.config_file import load_config
 from service_kit.logs import configure_logs, get_logger
-from worker_runtime.parent_death import die_with_parent
+from service_kit.process import die_with_parent
 
 EXIT_DRAINED = 0
 EXIT_CONFIG = 2

@@ -12,8 +12,6 @@ from pathlib import Path
 from random import Random
 
 from controller.admission import AdmissionLimits
-from controller.dispatcher import PlacementSettings
-from controller.exposure import check_exposure
 from controller.fleet import Fleet, FleetSettings
 from controller.grpc_api import InferenceApi, MembershipApi, generate_limits
 from controller.grpc_endpoint import GrpcEndpoint
@@ -25,8 +23,10 @@ from controller.operator_desk import Identity, OperatorDesk
 from controller.placement.policies import policy_named
 from controller.request_metrics import RequestObserver
 from controller.service import ControllerService, ServiceSettings
+from controller.waiting_room import PlacementSettings
 from service_kit.api_keys import ApiKeys
 from service_kit.config import ClusterConfig
+from service_kit.exposure import check_exposure
 from service_kit.logs import get_logger
 from service_kit.metrics import Metrics
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from controller.admission import Waiting
-from controller.dispatch import Dispatch, Group
+from controller.dispatch import Dispatch
 from controller.fleet import Fleet
 from controller.live_request import LiveRequest
 from controller.operations import StageName
-from controller.timeline import OpenStage
 from controller.worker_record import Burden
 
 SUSPECTS_KEPT = 64  # per worker
@@ -31,7 +29,6 @@ class DispatchTable:
         self._fleet = fleet
         self._lives: dict[int, LiveRequest] = {}
         self._at: dict[str, dict[Dispatch, None]] = {}
-        self._waiting: dict[LiveRequest, dict[Waiting[Group], OpenStage]] = {}
         self._suspects: dict[str, deque[Suspect]] = {}
         self._reserving: dict[Dispatch, None] = {}
 
@@ -48,22 +45,6 @@ class DispatchTable:
 
     def lives(self) -> list[LiveRequest]:
         return list(self._lives.values())
-
-    # ---- groups in the queue
-
-    def add_waiting(self, entry: Waiting[Group], stage: OpenStage) -> None:
-        self._waiting.setdefault(entry.item.live, {})[entry] = stage
-
-    def waiting_of(self, live: LiveRequest) -> list[Waiting[Group]]:
-        return list(self._waiting.get(live, ()))
-
-    def close_queue_stage(self, entry: Waiting[Group], attempt: int, now: float) -> None:
-        entries = self._waiting.get(entry.item.live, {})
-        stage = entries.pop(entry, None)
-        if stage is not None:
-            stage.ended_s, stage.attempt = now, attempt
-        if not entries:
-            self._waiting.pop(entry.item.live, None)
 
     # ---- dispatches
 

@@ -1,15 +1,14 @@
-"""Owns who computes what: takes groups from the queue to workers, folds what workers say into requests, and starts again
-what was lost. Everything here runs to completion without waiting; time comes in through `tick`.
+"""Owns who computes what: takes groups to workers, answers what they say to that, and starts again what was lost.
+
+Everything here runs to completion without waiting; time comes in through `tick`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from random import Random
 
 from controller import work_messages
-from controller.admission import Waiting, WaitingQueue, note_shortage
+from controller.admission import Waiting
 from controller.dispatch import Dispatch, Group, burdens_of, work_of
 from controller.dispatch_table import DispatchTable
 from controller.fleet import Fleet
@@ -18,131 +17,51 @@ from controller.live_request import LiveRequest
 from controller.operations import Outcome as AttemptOutcome
 from controller.operations import RequestState
 from controller.placement.decision import Pick
-from controller.placement.explain import Placed
-from controller.placement.place import place
-from controller.placement.policies import Policy
-from controller.placement.snapshot import Demand
 from controller.request_metrics import RequestObserver
 from controller.timeline import AttemptNotes
-from pdserve.errors import NoCapacity, PdserveError, PromptTooLong, WorkerLost
+from controller.waiting_room import Placing, WaitingRoom
+from pdserve.errors import NoCapacity, PdserveError, WorkerLost
 from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
 
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class PlacementSettings:
-    policy_name: str
-    policy: Policy
-    transport: str  # empty = the best common one
-    reserve_answer_s: float = 5.0  # then the next candidate is asked
-
-
 class Dispatcher:
     def __init__(
         self,
         fleet: Fleet,
-        queue: WaitingQueue[Group],
-        settings: PlacementSettings,
+        room: WaitingRoom,
+        reserve_answer_s: float,
         observer: RequestObserver,
         clock: Callable[[], float],
-        rng: Random,
     ) -> None:
         self._fleet = fleet
-        self._queue = queue
-        self._settings = settings
+        self._room = room
+        self._reserve_answer_s = reserve_answer_s
         self._observer = observer
         self._clock = clock
-        self._rng = rng
-        self._pumping = False
-        self._pump_again = False
+        self._placing = Placing(self._dispatch, self.fail)
         self._requeued = False
         self.table = DispatchTable(fleet)
         self.on_done: Callable[[LiveRequest], None] = lambda live: None
 
-    # ---- into the queue, out of it
-
     def admit(self, live: LiveRequest) -> None:
         """A request that cannot be placed at once while the queue is full fails with Overloaded."""
-        now = self._clock()
-        entry = self._enqueue(Group(live, tuple(range(live.request.n))), now, retry=False)
+        entry = self._room.enter(Group(live, tuple(range(live.request.n))), self._clock(), retry=False)
         self.pump()
-        if self._queue.over_limit and self._queue.holds(entry):
-            self.fail(live, self._queue.full())
-
-    def _enqueue(self, group: Group, now: float, *, retry: bool) -> Waiting[Group]:
-        request = group.live.request
-        entry = Waiting(group, request.priority, retry, now, request.route)
-        self._queue.enter(entry)
-        self.table.add_waiting(entry, group.live.timeline.begin("queue", 0, "", now))
-        return entry
+        refusal = self._room.refusal(entry)
+        if refusal is not None:
+            self.fail(live, refusal)
 
     def pump(self, changed_worker: str = "") -> None:
         """Places what can be placed now."""
-        if not len(self._queue):
-            return
-        if changed_worker:
-            for entry in self._queue.entries():
-                entry.refused_now.discard(changed_worker)
-        if self._pumping:
-            self._pump_again = True
-            return
-        self._pumping = True
-        try:
-            self._pump_again = True
-            while self._pump_again:
-                self._pump_again = False
-                self._place_waiting()
-        finally:
-            self._pumping = False
-
-    def _place_waiting(self) -> None:
-        now = self._clock()
-        for entry in self._queue.candidates():
-            live = entry.item.live
-            demand = self._demand(entry)
-            snapshot = self._fleet.snapshot()
-            outcome = place(snapshot, demand, self._settings.policy, self._rng)
-            changed = outcome.pick is not None or outcome.shortage != entry.short
-            attempt = live.next_attempt() if outcome.pick is not None else 0
-            if changed:
-                name, policy = self._settings.policy_name, self._settings.policy
-                at_s = now - live.timeline.arrived_s
-                live.timeline.placed(Placed(snapshot, demand, name, policy, outcome, attempt, at_s))
-                self._observer.decided(name, outcome.reason)
-            if outcome.pick is not None:
-                self._queue.leave(entry)
-                entry.short = None
-                self._dispatch(entry, outcome.pick, attempt, now)
-            elif outcome.shortage == "too_long":
-                self.fail(live, self._too_long(demand))
-            elif outcome.shortage is not None:
-                note_shortage(entry, outcome.shortage, now)
-
-    def _demand(self, entry: Waiting[Group]) -> Demand:
-        live, choices = entry.item.live, entry.item.choices
-        request = live.request
-        return Demand(
-            tokens=request.prompt_tokens + len(live.outputs[choices[0]].token_ids),
-            limit_tokens=request.prompt_tokens + request.sampling.max_tokens,
-            choices=len(choices),
-            transport=(request.route.transport if request.route else "") or self._settings.transport,
-            route=request.route,
-            refused_now=frozenset(entry.refused_now),
-            bad_pairs=frozenset(live.bad_pairs),
-        )
-
-    def _too_long(self, demand: Demand) -> PdserveError:
-        views = self._fleet.snapshot().workers
-        context = max((view.max_context_tokens for view in views if view.ready), default=0)
-        pool = max((view.blocks_total * view.block_tokens for view in views if view.ready), default=0)
-        return PromptTooLong.of(max(demand.limit_tokens, demand.tokens), min(context, pool))
+        self._room.place_waiting(self._clock(), self._placing, changed_worker)
 
     # ---- to the workers
 
-    def _dispatch(self, entry: Waiting[Group], pick: Pick, attempt: int, now: float) -> None:
-        group, live = entry.item, entry.item.live
+    def _dispatch(self, entry: Waiting[Group], pick: Pick, attempt: int) -> None:
+        now, group, live = self._clock(), entry.item, entry.item.live
         decode = self._fleet.record(pick.decode_worker)
         assert decode is not None, "picked from a snapshot of this moment"
         work = work_of(group, attempt, decode.info.identity.digest)
@@ -151,7 +70,6 @@ class Dispatcher:
             attempt, group.choices, pick.kind, pick.prefill_worker, pick.decode_worker, pick.transport, resumed
         )
         live.timeline.dispatched(notes)
-        self.table.close_queue_stage(entry, attempt, now)
         split = pick.kind == "split"
         clock = live.timeline.begin("reserve" if split else "prefill", attempt, pick.decode_worker, now)
         dispatch = Dispatch(
@@ -162,7 +80,7 @@ class Dispatcher:
             work,
             notes,
             "reserving",
-            now + self._settings.reserve_answer_s,
+            now + self._reserve_answer_s,
             clock,
             set(group.choices),
         )
@@ -214,8 +132,7 @@ class Dispatcher:
         now, entry = self._clock(), dispatch.waiting
         self._end_dispatch(dispatch, outcome, error)
         entry.refused_now.add(dispatch.pick.decode_worker)
-        self._queue.enter(entry)
-        self.table.add_waiting(entry, dispatch.live.timeline.begin("queue", 0, "", now))
+        self._room.enter_again(entry, now)
 
     # ---- from the workers: see `dispatch_events` for tokens and reports
 
@@ -279,7 +196,7 @@ class Dispatcher:
                 self._entered(live, attempt, choice, phase, now, error)
             if requeue and live.error is None:
                 for choices in live.groups(requeue):
-                    entry = self._enqueue(Group(live, choices), now, retry=True)
+                    entry = self._room.enter(Group(live, choices), now, retry=True)
                     entry.refused_now.update({refuser} - {""})
                 self._requeued = True
         live.wake()
@@ -338,9 +255,7 @@ class Dispatcher:
     def _finish(self, live: LiveRequest, now: float) -> None:
         if live.timeline.ended_s is not None:
             return
-        for entry in self.table.waiting_of(live):
-            self._queue.leave(entry)
-            self.table.close_queue_stage(entry, 0, now)
+        self._room.dismiss(live, now)
         for dispatch in list(live.dispatches.values()):  # still reserving: the answer is not wanted any more
             self._fleet.send(dispatch.pick.decode_worker, work_messages.cancel(live.key, dispatch.attempt))
             self._end_dispatch(dispatch, "cancelled", None)
@@ -353,17 +268,17 @@ class Dispatcher:
             live.timeline.error, live.timeline.error_message = live.error.reason, live.error.message
         self._observer.ended(live)
         self.on_done(live)
-        if len(self._queue):
-            self.pump()
+        self.pump()
 
     def tick(self, now: float, absent_since_s: float | None) -> None:
         for dispatch in self.table.unanswered(now):
             self._fleet.send(dispatch.pick.decode_worker, work_messages.cancel(dispatch.live.key, dispatch.attempt))
-            answer_s = self._settings.reserve_answer_s
-            error = NoCapacity(f"Worker {dispatch.pick.decode_worker} did not answer within {answer_s:g} s.")
+            error = NoCapacity(
+                f"Worker {dispatch.pick.decode_worker} did not answer within {self._reserve_answer_s:g} s."
+            )
             self._requeue_unserved(dispatch, "refused", error)
-        for entry, failure in self._queue.expired(now, absent_since_s):
-            self.fail(entry.item.live, failure)
+        for live, failure in self._room.expired(now, absent_since_s):
+            self.fail(live, failure)
         self.pump()
 
 

@@ -11,10 +11,11 @@ import grpc
 
 from controller import membership
 from controller.membership import ConnectionLost, DeclareLost, Dial, Heard, Limits
+from controller.pending_commands import PendingCommands
 from controller.placement.snapshot import FleetSnapshot
 from controller.worker_record import WorkerRecord
 from controller.worker_session import SessionEnded, WorkerSession, command_error
-from pdserve.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, WorkerLost
+from pdserve.errors import InvalidRequest, NotFound, Unavailable, WorkerLost
 from pdserve.v1 import membership_pb2, worker_pb2
 from service_kit.logs import get_logger
 
@@ -22,7 +23,6 @@ MAX_WORKERS = 4096
 MAX_NAME_CHARS = 256
 MAX_ENDPOINTS = 16
 FORGET_S = 60.0  # how long a worker that is gone stays in the status
-COMMAND_S = 10.0
 SESSION_TIMEOUT_MS = 5000  # silence of ours after which a worker drops the session
 
 log = get_logger(__name__)
@@ -65,9 +65,7 @@ class Fleet:
         self._records: dict[str, WorkerRecord] = {}
         self._serving: dict[str, asyncio.Task[None]] = {}
         self._sink: FleetSink | None = None
-        self._commands: dict[int, asyncio.Future[None]] = {}
-        self._command_workers: dict[int, str] = {}
-        self._next_command = 1
+        self._commands = PendingCommands()
 
     def attach(self, sink: FleetSink) -> None:
         self._sink = sink
@@ -161,8 +159,7 @@ class Fleet:
         self._hang_up(record.worker_id)
         record.forget_load()
         error = WorkerLost(f"Worker {record.worker_id} was lost: {reason}")
-        for command_id in [each for each, worker in self._command_workers.items() if worker == record.worker_id]:
-            self._settle(command_id, error)
+        self._commands.worker_lost(record.worker_id, error)
         assert self._sink is not None
         self._sink.lost(record.worker_id, error)
 
@@ -194,7 +191,7 @@ class Fleet:
                 self._sink.changed(record.worker_id)
                 return
             case "result":
-                self._settle(response.result.command_id, command_error(response.result))
+                self._commands.settle(response.result.command_id, command_error(response.result))
             case _:
                 pass  # KV events are for the prefix index; what is unknown comes from a newer worker
         record.frame_s = now
@@ -204,11 +201,11 @@ class Fleet:
     async def set_roles(self, worker_id: str, roles: list[int]) -> None:
         """Returns when the worker has done it."""
         record = self._commandable(worker_id)
-        command_id = self._new_command(worker_id)
+        command_id = self._commands.expect(worker_id)
         command = worker_pb2.SetRoles(command_id=command_id)
         command.roles.extend(roles)  # type: ignore[arg-type]
         self.send(worker_id, worker_pb2.SessionRequest(set_roles=command))
-        await self._result(command_id)
+        await self._commands.answer(command_id)
         record.load.ClearField("roles")
         record.load.roles.extend(roles)  # type: ignore[arg-type]
         record.report(record.load, self._clock())
@@ -216,7 +213,7 @@ class Fleet:
     def drain(self, worker_id: str, deadline_s: float) -> None:
         """From now on it gets no work; it ends by itself when what it has is done."""
         record = self._commandable(worker_id)
-        command = worker_pb2.Drain(command_id=self._take_command_id(), deadline_ms=round(deadline_s * 1000))
+        command = worker_pb2.Drain(command_id=self._commands.next_id(), deadline_ms=round(deadline_s * 1000))
         self.send(worker_id, worker_pb2.SessionRequest(drain=command))
         self._step(record, membership.DrainOrdered())
 
@@ -227,35 +224,6 @@ class Fleet:
         if record.session is None or record.member.state not in ("READY", "DRAINING"):
             raise Unavailable(f"Worker {worker_id} is {record.member.state}.", retry_after_s=1.0)
         return record
-
-    def _take_command_id(self) -> int:
-        self._next_command += 1
-        return self._next_command - 1
-
-    def _new_command(self, worker_id: str) -> int:
-        command_id = self._take_command_id()
-        self._commands[command_id] = asyncio.get_running_loop().create_future()
-        self._command_workers[command_id] = worker_id
-        return command_id
-
-    async def _result(self, command_id: int) -> None:
-        try:
-            async with asyncio.timeout(COMMAND_S):
-                await self._commands[command_id]
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"The worker did not answer within {COMMAND_S:g} s.") from error
-        finally:
-            self._commands.pop(command_id, None)
-            self._command_workers.pop(command_id, None)
-
-    def _settle(self, command_id: int, error: Exception | None) -> None:
-        future = self._commands.get(command_id)
-        if future is None or future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
 
     # ---- time
 

@@ -14,12 +14,13 @@ from controller.admission import AdmissionLimits, WaitingQueue, check_route
 from controller.choice_output import Vocabulary
 from controller.dispatch import Group
 from controller.dispatch_events import DispatchEvents
-from controller.dispatcher import Dispatcher, PlacementSettings
+from controller.dispatcher import Dispatcher
 from controller.fleet import Fleet
 from controller.live_request import LiveRequest, Reader
 from controller.request import Begun, Delta, GenerationRequest
 from controller.request_metrics import RequestObserver
 from controller.timeline import Timeline, TimelineRing
+from controller.waiting_room import PlacementSettings, WaitingRoom
 from pdserve.errors import DeadlineExceeded, InvalidRequest, PdserveError, Unavailable, WorkerLost
 from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
@@ -61,7 +62,8 @@ class ControllerService:
         self._observer = observer
         self._clock = clock
         self._queue: WaitingQueue[Group] = WaitingQueue(settings.admission)
-        self._dispatcher = Dispatcher(fleet, self._queue, settings.placement, observer, clock, rng)
+        room = WaitingRoom(fleet, self._queue, settings.placement, observer, rng)
+        self._dispatcher = Dispatcher(fleet, room, settings.placement.reserve_answer_s, observer, clock)
         self._table = self._dispatcher.table
         self._events = DispatchEvents(self._table, self._dispatcher, observer, clock)
         self._dispatcher.on_done = self._done

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from random import Random
 
 from controller.admission import AdmissionLimits
-from controller.dispatcher import PlacementSettings
 from controller.fleet import Fleet, FleetSettings
 from controller.operator_desk import Identity, OperatorDesk
 from controller.placement.policies import policy_named
 from controller.request import Begun, Delta, GenerationRequest, Logprobs, SamplingSpec
 from controller.request_metrics import RequestObserver
 from controller.service import ControllerService, ServiceSettings
+from controller.waiting_room import PlacementSettings
 from pdserve.v1 import types_pb2
 from service_kit.metrics import Metrics
 from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin
