@@ -12,7 +12,7 @@ from controller.admission import Waiting
 from controller.dispatch import Dispatch, Group, burdens_of, work_of
 from controller.dispatch_table import DispatchTable
 from controller.fleet import Fleet
-from controller.lifecycle import FINAL, Dispatched, Lost, Refused
+from controller.lifecycle import FINAL, Dispatched, Refused
 from controller.live_request import LiveRequest
 from controller.operations import Outcome as AttemptOutcome
 from controller.operations import RequestState
@@ -124,10 +124,10 @@ class Dispatcher:
             self._end_dispatch(dispatch, "refused", error)
             self.fail(dispatch.live, error)
             return
-        self._requeue_unserved(dispatch, "refused", error)
+        self.requeue_unserved(dispatch, "refused", error)
         self.pump()
 
-    def _requeue_unserved(self, dispatch: Dispatch, outcome: AttemptOutcome, error: PdserveError) -> None:
+    def requeue_unserved(self, dispatch: Dispatch, outcome: AttemptOutcome, error: PdserveError) -> None:
         """Back to its place in the queue: nothing of it has run."""
         now, entry = self._clock(), dispatch.waiting
         self._end_dispatch(dispatch, outcome, error)
@@ -140,46 +140,6 @@ class Dispatcher:
         """The attempt is over for `choices`; another may do better."""
         for choice in sorted(choices & dispatch.open):
             dispatch.live.apply(choice, Refused(dispatch.attempt, error), now)
-
-    def lost(self, worker_id: str, error: WorkerLost) -> None:
-        now = self._clock()
-        for dispatch in self.table.at(worker_id):
-            live = dispatch.live
-            if not self.table.holds(dispatch):
-                continue  # its request failed with one before it
-            if dispatch.stage == "reserving":
-                self._fleet.send(dispatch.pick.decode_worker, work_messages.cancel(live.key, dispatch.attempt))
-                self._requeue_unserved(dispatch, "lost", error)
-                continue
-            side = dispatch.side_of(worker_id)
-            for choice in sorted(dispatch.open):
-                live.apply(choice, Lost(dispatch.attempt, side, error), now)
-            if live.wants.requeue:
-                live.migration = "prefill_lost" if side == "prefill" else "decode_lost"
-            self.settle(live, now, error)
-            self.table.leave(dispatch, worker_id)
-        for suspect in self.table.take_suspects(worker_id, now):
-            for choice in suspect.choices:
-                suspect.live.apply(choice, Lost(suspect.attempt, "prefill", error), now)
-            self.settle(suspect.live, now, error)
-        self.pump()
-
-    def reconciled(self, worker_id: str, snapshot: worker_pb2.WorkerSnapshot, own_prefix: int) -> None:
-        """After a redial: commands that the broken stream swallowed are found by what the worker does not hold."""
-        now = self._clock()
-        held = {(each.dispatch.request_key, each.dispatch.attempt) for each in snapshot.held}
-        for dispatch in self.table.at(worker_id):
-            if (dispatch.live.key, dispatch.attempt) in held:
-                continue
-            error = WorkerLost(f"Worker {worker_id} did not hold the dispatch after a reconnect.")
-            if dispatch.stage == "reserving":
-                self._requeue_unserved(dispatch, "lost", error)
-            else:
-                self.refused(dispatch, dispatch.open, error, now)
-                self.settle(dispatch.live, now, error)
-        for key, attempt in held:
-            if key >> 32 == own_prefix and self.table.find(key, attempt) is None:
-                self._fleet.send(worker_id, work_messages.cancel(key, attempt))
 
     # ---- carrying out what requests want
 
@@ -276,7 +236,7 @@ class Dispatcher:
             error = NoCapacity(
                 f"Worker {dispatch.pick.decode_worker} did not answer within {self._reserve_answer_s:g} s."
             )
-            self._requeue_unserved(dispatch, "refused", error)
+            self.requeue_unserved(dispatch, "refused", error)
         for live, failure in self._room.expired(now, absent_since_s):
             self.fail(live, failure)
         self.pump()

@@ -21,6 +21,7 @@ from controller.request import Begun, Delta, GenerationRequest
 from controller.request_metrics import RequestObserver
 from controller.timeline import Timeline, TimelineRing
 from controller.waiting_room import PlacementSettings, WaitingRoom
+from controller.worker_losses import WorkerLosses
 from pdserve.errors import DeadlineExceeded, InvalidRequest, PdserveError, Unavailable, WorkerLost
 from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
@@ -65,6 +66,7 @@ class ControllerService:
         room = WaitingRoom(fleet, self._queue, settings.placement, observer, rng)
         self._dispatcher = Dispatcher(fleet, room, settings.placement.reserve_answer_s, observer, clock)
         self._table = self._dispatcher.table
+        self._losses = WorkerLosses(fleet, self._dispatcher, clock)
         self._events = DispatchEvents(self._table, self._dispatcher, observer, clock)
         self._dispatcher.on_done = self._done
         self._by_id: dict[str, LiveRequest] = {}
@@ -199,11 +201,11 @@ class ControllerService:
 
     def reconciled(self, worker_id: str, snapshot: worker_pb2.WorkerSnapshot) -> None:
         self._note_presence()
-        self._dispatcher.reconciled(worker_id, snapshot, self._settings.key_prefix)
+        self._losses.reconciled(worker_id, snapshot, self._settings.key_prefix)
 
     def lost(self, worker_id: str, error: WorkerLost) -> None:
         self._note_presence()
-        self._dispatcher.lost(worker_id, error)
+        self._losses.lost(worker_id, error)
 
     def changed(self, worker_id: str) -> None:
         self._dispatcher.pump(worker_id)

@@ -1,0 +1,60 @@
+"""Owns what the loss of a worker, or of the commands that a broken stream swallowed, means for the dispatches there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from controller import work_messages
+from controller.dispatcher import Dispatcher
+from controller.fleet import Fleet
+from controller.lifecycle import Lost
+from pdserve.errors import WorkerLost
+from pdserve.v1 import worker_pb2
+
+
+class WorkerLosses:
+    def __init__(self, fleet: Fleet, dispatcher: Dispatcher, clock: Callable[[], float]) -> None:
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._table = dispatcher.table
+        self._clock = clock
+
+    def lost(self, worker_id: str, error: WorkerLost) -> None:
+        now = self._clock()
+        for dispatch in self._table.at(worker_id):
+            live = dispatch.live
+            if not self._table.holds(dispatch):
+                continue  # its request failed with one before it
+            if dispatch.stage == "reserving":
+                self._fleet.send(dispatch.pick.decode_worker, work_messages.cancel(live.key, dispatch.attempt))
+                self._dispatcher.requeue_unserved(dispatch, "lost", error)
+                continue
+            side = dispatch.side_of(worker_id)
+            for choice in sorted(dispatch.open):
+                live.apply(choice, Lost(dispatch.attempt, side, error), now)
+            if live.wants.requeue:
+                live.migration = "prefill_lost" if side == "prefill" else "decode_lost"
+            self._dispatcher.settle(live, now, error)
+            self._table.leave(dispatch, worker_id)
+        for suspect in self._table.take_suspects(worker_id, now):
+            for choice in suspect.choices:
+                suspect.live.apply(choice, Lost(suspect.attempt, "prefill", error), now)
+            self._dispatcher.settle(suspect.live, now, error)
+        self._dispatcher.pump()
+
+    def reconciled(self, worker_id: str, snapshot: worker_pb2.WorkerSnapshot, own_prefix: int) -> None:
+        """After a redial: commands that the broken stream swallowed are found by what the worker does not hold."""
+        now = self._clock()
+        held = {(each.dispatch.request_key, each.dispatch.attempt) for each in snapshot.held}
+        for dispatch in self._table.at(worker_id):
+            if (dispatch.live.key, dispatch.attempt) in held or not self._table.holds(dispatch):
+                continue
+            error = WorkerLost(f"Worker {worker_id} did not hold the dispatch after a reconnect.")
+            if dispatch.stage == "reserving":
+                self._dispatcher.requeue_unserved(dispatch, "lost", error)
+            else:
+                self._dispatcher.refused(dispatch, dispatch.open, error, now)
+                self._dispatcher.settle(dispatch.live, now, error)
+        for key, attempt in held:
+            if key >> 32 == own_prefix and self._table.find(key, attempt) is None:
+                self._fleet.send(worker_id, work_messages.cancel(key, attempt))
