@@ -1,0 +1,48 @@
+"""What readable means for generated text: measures that noise and tight loops fail and library text passes."""
+
+import io
+import re
+import tokenize
+from collections.abc import Iterable
+
+WORD = re.compile(r"[A-Za-z]{2,}")
+
+
+def library_words(texts: Iterable[str]) -> frozenset[str]:
+    """Return every word of two letters or more, in lower case; identifiers count by their parts between underscores."""
+    return frozenset(word.lower() for text in texts for word in WORD.findall(text))
+
+
+def known_word_share(text: str, words: frozenset[str]) -> float:
+    """Return the share of the words of `text` that are in `words`; 0 for a text without words."""
+    found = WORD.findall(text)
+    return sum(word.lower() in words for word in found) / len(found) if found else 0.0
+
+
+def printable_share(text: str) -> float:
+    """Return the share of characters that print, line breaks included; a broken UTF-8 sequence does not."""
+    readable = sum(
+        character.isprintable() or character == "\n" for character in text if character != "\N{REPLACEMENT CHARACTER}"
+    )
+    return readable / len(text) if text else 0.0
+
+
+def distinct_share(tokens: list[int]) -> float:
+    """Return the number of different tokens over the number of tokens: a loop of k tokens tends to k / length."""
+    return len(set(tokens)) / len(tokens) if tokens else 0.0
+
+
+def python_line_share(code: str) -> float:
+    """Return the share of non-blank lines that Python's tokenizer accepts, each alone and without its brackets."""
+    lines = [line.strip() for line in code.splitlines() if line.strip()]
+    return sum(map(_is_python_line, lines)) / len(lines) if lines else 0.0
+
+
+def _is_python_line(line: str) -> bool:
+    # A line of a larger expression or docstring may open or close what is not on it.
+    alone = re.sub(r"[\[\](){}]", " ", line).replace('"""', "").strip().rstrip("\\")
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(alone + "\n").readline))
+    except (tokenize.TokenError, IndentationError):
+        return False
+    return all(token.type != tokenize.ERRORTOKEN for token in tokens)
