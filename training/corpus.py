@@ -1,7 +1,7 @@
 """The training text: documents read from the standard library of the running Python, chosen by name.
 
-The choice is narrow on purpose: several epochs of a few well-documented modules, where the whole library would get one or
-two in the same time. The model card says what that gains and what it costs.
+The choice is narrow on purpose: several epochs of a few well-documented modules, where the whole library would get one
+or two in the same time. The model card says what that gains and what it costs.
 """
 
 import hashlib
