@@ -33,7 +33,7 @@ EXIT_RUNS_ALREADY = 3
 STOP_MARGIN_S = 5.0  # beyond the drain's own deadline
 CANNOT_EXECUTE = 127
 
-log = get_logger(__name__)
+log = get_logger("service_kit.supervisor")  # not __name__, which is __main__ here
 
 
 class Addresses:
@@ -186,10 +186,10 @@ def main(arguments: Sequence[str]) -> int:
         die_with_parent(options.parent_pid)
     try:
         config = load_config(options.config, options.set)
+        check_exposure(config, api_keys_from(os.environ))
         if options.print_config:
             sys.stdout.write(_printed(config) + "\n")
             return 0
-        check_exposure(config, api_keys_from(os.environ))
     except ConfigInvalid as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_CONFIG

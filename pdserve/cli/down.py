@@ -1,0 +1,90 @@
+"""Owns `pdserve down`: ends the local cluster and makes sure that nothing of it is left."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import signal
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from pdserve.cli.access import get, local_access
+from pdserve.cli.cluster_state import ClusterState, read_state
+from pdserve.cli.options import EXIT_FAILED, EXIT_OK, Commands, command
+from pdserve.cli.terminal import Terminal
+from pdserve.errors import PdserveError
+from pdserve.local_process import LocalProcess, end_all, local_process, wait_gone
+
+GRACE_S = 40.0
+KILL_S = 10.0
+
+
+def add(commands: Commands) -> None:
+    parser = command(commands, "down", "end the cluster of this machine; running requests are drained", down)
+    parser.add_argument("--timeout", type=float, default=GRACE_S, metavar="S", help="longest drain, then it is killed")
+    parser.add_argument("--now", action="store_true", help="do not drain")
+
+
+def down(options: argparse.Namespace, terminal: Terminal) -> int:
+    state = read_state(options.state_dir)
+    if state is None:
+        terminal.say(f"No cluster runs in {options.state_dir}. Start one with: pdserve up --detach")
+        terminal.result({"stopped": [], "left_over": []})
+        return EXIT_OK
+    everything = processes_of(state, options.state_dir)
+    state.supervisor.send(signal.SIGTERM)
+    left = _end(state.supervisor, everything, 0.0 if options.now else options.timeout)
+    _forget(options.state_dir)
+    if left:
+        terminal.error("left_over", f"These processes did not end: {', '.join(str(one.pid) for one in left)}")
+    else:
+        terminal.say(f"Stopped {len(everything)} processes; nothing is left over.")
+    terminal.result({"stopped": [one.pid for one in everything], "left_over": [one.pid for one in left]})
+    return EXIT_FAILED if left else EXIT_OK
+
+
+def end_cluster(state_dir: Path, supervisor: subprocess.Popen[bytes], grace_s: float) -> list[int]:
+    """Waits for a supervisor that was told to stop, kills what does not; pids that are left. For `up`, its parent."""
+    state = read_state(state_dir)
+    everything = processes_of(state, state_dir) if state is not None else [local_process(supervisor.pid)]
+    left = _end(everything[0], everything, grace_s)
+    supervisor.wait(KILL_S)
+    _forget(state_dir)
+    return [one.pid for one in left]
+
+
+def processes_of(state: ClusterState, state_dir: Path) -> list[LocalProcess]:
+    """Supervisor first, its children, and the engine processes, which only their workers know."""
+    known = state.pids()
+    return [*known, *(one for one in _engines(state_dir) if one.pid not in {each.pid for each in known})]
+
+
+def _engines(state_dir: Path) -> Iterable[LocalProcess]:
+    try:
+        with local_access(state_dir).http(timeout_s=2.0) as http:
+            rows = get(http, "/api/v1/status").records("workers")
+    except PdserveError:
+        return []  # the controller is gone; its workers' engines end with them
+    found = [local_process(row.integer("engine_pid")) for row in rows if row.text("state") != "GONE"]
+    return [one for one in found if one.alive()]
+
+
+def _end(supervisor: LocalProcess, everything: list[LocalProcess], grace_s: float) -> list[LocalProcess]:
+    """The supervisor was asked once. Returns what survives even SIGKILL."""
+    if wait_gone([supervisor], grace_s):
+        supervisor.send(signal.SIGTERM)  # the second one kills its children
+        wait_gone([supervisor], KILL_S)
+    # Whatever lives on now was not reached by its supervisor.
+    return end_all(wait_gone(everything, 2.0), KILL_S)
+
+
+def _forget(state_dir: Path) -> None:
+    """Removes the addresses of a cluster that has ended, unless another has begun there."""
+    with (state_dir / "supervisor.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        for name in ("cluster.json", "controller.json"):
+            (state_dir / name).unlink(missing_ok=True)

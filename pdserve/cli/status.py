@@ -1,0 +1,84 @@
+"""Owns `pdserve status`: the cluster, its workers, its processes."""
+
+from __future__ import annotations
+
+import argparse
+
+from pdserve.cli.access import get
+from pdserve.cli.cluster_state import ClusterState, read_state
+from pdserve.cli.options import EXIT_NOT_READY, EXIT_OK, Commands, access, command, reaching
+from pdserve.cli.record import Record
+from pdserve.cli.terminal import Terminal, size
+
+HEADINGS = (
+    "WORKER",
+    "ROLES",
+    "STATE",
+    "PID",
+    "ENGINE",
+    "BLOCKS FREE",
+    "RUNNING",
+    "WAITING",
+    "STEP",
+    "RESIDENT",
+    "ADDRESS",
+)
+
+
+def add(commands: Commands) -> None:
+    reaching(command(commands, "status", "show the cluster and its workers", status))
+
+
+def status(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Exit status 3 where no worker can take work."""
+    with access(options).http(timeout_s=10.0) as http:
+        answer = get(http, "/api/v1/status")
+    state = None if options.url else read_state(options.state_dir)
+    processes = _processes(state) if state is not None else []
+    terminal.result({**answer.plain(), "processes": processes})
+    show(answer, terminal)
+    for row in processes:
+        if not row["pid"]:
+            terminal.line("warn", str(row["name"]), f"restarts after exit status {row['last_exit']}, see {row['log']}")
+    ready = any(row.text("state") == "READY" for row in answer.records("workers"))
+    return EXIT_OK if ready else EXIT_NOT_READY
+
+
+def show(answer: Record, terminal: Terminal) -> None:
+    """Header and table."""
+    terminal.say(
+        f"{answer.text('model')} at {answer.text('api_url')}, gRPC {answer.text('grpc_address')}, "
+        f"version {answer.text('version')}, up {answer.number('uptime_s'):.0f} s"
+    )
+    terminal.say(f"{answer.integer('live_requests')} requests live, {answer.integer('queued')} queued")
+    terminal.table(HEADINGS, [_row(row) for row in answer.records("workers")])
+
+
+def _row(row: Record) -> tuple[str, ...]:
+    leaked = row.integer("blocks_leaked")
+    return (
+        row.text("id"),
+        "+".join(row.texts("roles")),
+        row.text("state") + (" (stalled)" if row.truth("stalled") else ""),
+        str(row.integer("pid")),
+        str(row.integer("engine_pid")),
+        f"{row.integer('blocks_free')}/{row.integer('blocks_total')}" + (f" ({leaked} leaked)" if leaked else ""),
+        str(row.integer("running")),
+        str(row.integer("waiting")),
+        f"{row.number('step_ms'):.1f} ms",
+        size(row.integer("resident_bytes")),
+        row.text("address"),
+    )
+
+
+def _processes(state: ClusterState) -> list[dict[str, object]]:
+    return [
+        {
+            "name": row.name,
+            "pid": row.process.pid if row.process is not None else 0,
+            "restarts": row.restarts,
+            "last_exit": row.last_exit,
+            "log": str(row.log),
+        }
+        for row in state.processes
+    ]
