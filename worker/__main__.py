@@ -18,9 +18,10 @@ from pdserve.errors import ConfigInvalid, PdserveError
 from prefill_worker.service import PrefillService
 from service_kit.config_file import load_config
 from service_kit.logs import configure_logs, get_logger
+from service_kit.process import die_with_parent
 from worker_runtime.engine_link import ProcessEngineLink
+from worker_runtime.grpc_credentials import check_worker_exposure
 from worker_runtime.holding import RoleName
-from worker_runtime.parent_death import die_with_parent
 from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
 
 ENGINE_MODULE = "worker.engine_main"
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         die_with_parent(options.parent_pid)
     try:
         config = load_config(options.config, options.set)
+        check_worker_exposure(config)
         roles = _roles(options.roles)
     except ConfigInvalid as error:
         sys.stderr.write(f"{error}\n")

@@ -11,9 +11,9 @@ from typing import Protocol
 from engine.protocol import Command, EngineReady, EventSink, Load
 from service_kit.config import ClusterConfig
 from service_kit.logs import configure_logs, get_logger
+from service_kit.process import die_with_parent
 from worker_runtime.engine_channel import EngineChannel, IoProcessLost
 from worker_runtime.engine_loop import run
-from worker_runtime.parent_death import die_with_parent
 
 START_DEADLINE_S = 10.0
 EXIT_STOPPED = 0

@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pdserve.errors import PdserveError, Unavailable
+from pdserve.errors import ConfigInvalid, PdserveError
 from pdserve.v1 import handoff_pb2, handoff_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -31,15 +31,20 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Request, Response]"
 
 
 class GrpcEndpoint:
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, credentials: grpc.ServerCredentials | None) -> None:
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=(_StatusOfErrors(),))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        port = self._server.add_insecure_port(f"{host}:0")
-        if not port:
-            raise Unavailable(f"No port of {host} can be bound for gRPC.")
-        self.address = f"{host}:{port}"
+        self.address = f"{host}:{self._bind(f'{host}:0', credentials)}"
+
+    def _bind(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigInvalid(f"worker.host: no port of {address} can be bound for gRPC.") from error
 
     async def start(
         self, sessions: worker_pb2_grpc.WorkerServiceServicer, handoffs: handoff_pb2_grpc.HandoffServiceServicer

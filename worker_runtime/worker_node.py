@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kv_transfer.peers import OpenChannel, open_insecure_channel
 from kv_transfer.transport import Transport
 from pdserve.errors import WorkerLost
 from pdserve.v1 import membership_pb2, worker_pb2
@@ -19,6 +18,7 @@ from worker_runtime.commands import CommandRouter, NodeControl
 from worker_runtime.dispatches import DispatchTable
 from worker_runtime.engine_link import EngineLink
 from worker_runtime.event_router import EventRouter
+from worker_runtime.grpc_credentials import GrpcCredentials, check_worker_exposure
 from worker_runtime.grpc_endpoint import GrpcEndpoint
 from worker_runtime.holding import Holding, RoleName
 from worker_runtime.kv_endpoint import KvEndpoint, kv_side, open_transports
@@ -57,14 +57,12 @@ def new_incarnation() -> int:
 class WorkerNode:
     """`open`, then `run` until the worker is drained or its engine is gone, then `close`."""
 
-    def __init__(
-        self, settings: NodeSettings, link: EngineLink, transports: dict[str, Transport], open_channel: OpenChannel
-    ) -> None:
+    def __init__(self, settings: NodeSettings, link: EngineLink, transports: dict[str, Transport]) -> None:
         config, clock = settings.config, time.monotonic
         self._settings = settings
         self._link = link
         self._clock = clock
-        self._open_channel = open_channel
+        self._credentials = GrpcCredentials(config.security)
         self._holding = Holding(settings.roles)
         self._load = LoadBoard(self._holding, link.ready.layout.blocks)
         self._dispatches = DispatchTable(tombstone_s=2 * config.transfer.lease_s)
@@ -73,11 +71,11 @@ class WorkerNode:
         )
         self._tasks = TaskOwner()
         side = kv_side(link.ready, settings.worker_id, settings.incarnation, link)
-        self._kv = KvEndpoint(side, transports, config.transfer, link, open_channel)
+        self._kv = KvEndpoint(side, transports, config.transfer, link, self._credentials.open_worker_channel)
         self._load.count_with(self._kv.figures)
         self._reports = DispatchReports(self._dispatches, self._hub, self._load.report)
         self._events = EventRouter(self._dispatches, self._reports, self._load, self._hub)
-        self._grpc = GrpcEndpoint(config.worker.host)
+        self._grpc = GrpcEndpoint(config.worker.host, self._credentials.server)
         self._gone = asyncio.Event()
         self._drain_deadline: float | None = None
         self._last_words_deadline: float | None = None
@@ -91,15 +89,16 @@ class WorkerNode:
         roles: Sequence[RoleFactory],
         *,
         transports: dict[str, Transport] | None = None,
-        open_channel: OpenChannel = open_insecure_channel,
     ) -> WorkerNode:
         """Binds every endpoint, sets the engine's policy and serves gRPC. Controllers learn of it once `run` runs.
+        Raises ConfigInvalid where an address, a TLS file or the exposure is wrong.
 
         transports: instead of those that the configuration names; in tests and fleets.
         """
         config = settings.config
+        check_worker_exposure(config)
         opened = transports if transports is not None else open_transports(config.transfer, config.worker.host)
-        node = cls(settings, link, opened, open_channel)
+        node = cls(settings, link, opened)
         await node._kv.start()
         await node._serve(roles)
         log.info("worker_ready", worker_id=settings.worker_id, address=node.address, roles=sorted(settings.roles))
@@ -111,7 +110,7 @@ class WorkerNode:
 
     async def run(self) -> None:
         """Returns once the worker is drained. Raises WorkerLost when the engine is gone."""
-        channels = [self._open_channel(address) for address in self._settings.config.controllers]
+        channels = [self._credentials.open_controller_channel(address) for address in self._settings.config.controllers]
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._consume()), group.create_task(self._beat())]

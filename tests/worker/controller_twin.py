@@ -18,7 +18,16 @@ T = TypeVar("T")
 class SessionTwin:
     """One session as its controller sees it, over several streams. Acknowledges by itself unless told not to."""
 
-    def __init__(self, controller_id: str, address: str, acknowledges: bool = True, timeout_ms: int = 5000) -> None:
+    def __init__(
+        self,
+        controller_id: str,
+        address: str,
+        *,
+        acknowledges: bool = True,
+        timeout_ms: int = 5000,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.credentials = credentials
         self.controller_id = controller_id
         self.address = address
         self.acknowledges = acknowledges
@@ -39,7 +48,12 @@ class SessionTwin:
         known = len(self.snapshots)
         self.status = None
         self._requests = asyncio.Queue()
-        self._channel = grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self._channel = (
+            grpc.aio.insecure_channel(self.address, options=options)
+            if self.credentials is None
+            else grpc.aio.secure_channel(self.address, self.credentials, options=options)
+        )
         self.send(
             worker_pb2.SessionRequest(
                 open=worker_pb2.OpenSession(controller_id=self.controller_id, session_timeout_ms=self.timeout_ms)
@@ -171,14 +185,21 @@ class ControllerTwin(membership_pb2_grpc.MembershipServiceServicer):
         self.workers: dict[str, membership_pb2.WorkerInfo] = {}
         self.registrations = 0
         self.sessions: list[SessionTwin] = []
+        self.credentials: grpc.ChannelCredentials | None = None  # to dial workers with
         self.address = ""
         self._news = asyncio.Event()
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, port: int = 0) -> ControllerTwin:
+    async def start(self, port: int = 0, credentials: grpc.ServerCredentials | None = None) -> ControllerTwin:
         self._server = grpc.aio.server()
         membership_pb2_grpc.add_MembershipServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
+        wanted = f"127.0.0.1:{port}"
+        bound = (
+            self._server.add_insecure_port(wanted)
+            if credentials is None
+            else self._server.add_secure_port(wanted, credentials)
+        )
+        self.address = f"127.0.0.1:{bound}"
         await self._server.start()
         return self
 
@@ -213,6 +234,12 @@ class ControllerTwin(membership_pb2_grpc.MembershipServiceServicer):
 
     async def session(self, worker_id: str, *, acknowledges: bool = True, timeout_ms: int = 5000) -> SessionTwin:
         await self.registered([worker_id])
-        session = SessionTwin(self.controller_id, self.workers[worker_id].address, acknowledges, timeout_ms)
+        session = SessionTwin(
+            self.controller_id,
+            self.workers[worker_id].address,
+            acknowledges=acknowledges,
+            timeout_ms=timeout_ms,
+            credentials=self.credentials,
+        )
         self.sessions.append(session)
         return await session.open()
