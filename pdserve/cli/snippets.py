@@ -18,10 +18,10 @@ def python_snippet(access: Access, model: str) -> str:
     key = 'api_key=os.environ["PDSERVE_API_KEY"]' if access.api_key else ""
     tls = f'tls=Tls(ca="{access.trusted_pem}")' if access.trusted_pem else ""
     arguments = ", ".join(part for part in (f'"{access.grpc_address}"', key, tls) if part)
-    imports = ("import os\n\n" if key else "") + f"from pdserve.client import Client{', Tls' if tls else ''}"
+    imports = ("import os\n\n" if key else "") + f"from pdserve.client import Client, Sampling{', Tls' if tls else ''}"
     return (
         f"{imports}\n\n"
         f"with Client({arguments}) as client:\n"
-        f'    for delta in client.generate("def read_lines(path):", max_tokens=64):\n'
+        f'    for delta in client.generate("def read_lines(path):", Sampling(max_tokens=64)):\n'
         f'        print(delta.text, end="", flush=True)'
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +43,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--insecure", action="store_true", help="allow other addresses than loopback without TLS and key"
     )
-    parser.add_argument("--detach", action="store_true", help="leave the cluster running and return")
+    life = parser.add_mutually_exclusive_group()
+    life.add_argument("--detach", action="store_true", help="leave the cluster running and return")
+    life.add_argument("--while-stdin", action="store_true", help="end the cluster at the end of standard input")
 
 
 def up(options: argparse.Namespace, terminal: Terminal) -> int:
@@ -64,6 +69,8 @@ def _start(options: argparse.Namespace, sets: list[str], config: Record, termina
     log = options.state_dir / "logs" / "supervisor.log"
     supervisor = start_supervisor(options.config, sets, log, tied=not options.detach)
     with _asked_to_stop(supervisor) as asked:
+        if options.while_stdin:
+            threading.Thread(target=_terminate_at_end_of_stdin, daemon=True).start()
         try:
             deadline_s = config.record("worker").number("engine_start_s") + START_MARGIN_S
             startup = Startup(options.state_dir, supervisor, terminal, _workers(config))
@@ -117,6 +124,12 @@ def _asked_to_stop(supervisor: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _terminate_at_end_of_stdin() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        continue
+    os.kill(os.getpid(), signal.SIGTERM)  # as if somebody had asked: the main thread passes it on
 
 
 def _checked(config: Record, terminal: Terminal) -> bool:
