@@ -87,6 +87,17 @@ def get(http: httpx.Client, path: str) -> Record:
         ) from error
 
 
+def get_rows(http: httpx.Client, path: str) -> list[Record]:
+    """GET of a JSON array. Raises like `get`."""
+    try:
+        response = http.get(path)
+    except httpx.HTTPError as error:
+        raise _silent(http, path, error) from error
+    if not response.is_success:
+        raise error_of(response.status_code, response.content)
+    return Record.parse(b'{"rows":' + response.content + b"}").records("rows")
+
+
 def post(http: httpx.Client, path: str, body: dict[str, object], request_id: str = "") -> Record:
     """POST, as a record. Raises like `get`."""
     headers = {"x-request-id": request_id} if request_id else {}
@@ -96,3 +107,7 @@ def post(http: httpx.Client, path: str, body: dict[str, object], request_id: str
         raise Unavailable(
             f"{http.base_url}{path.lstrip('/')} does not answer ({error}). See: pdserve status"
         ) from error
+
+
+def _silent(http: httpx.Client, path: str, error: httpx.HTTPError) -> Unavailable:
+    return Unavailable(f"{str(http.base_url).rstrip('/')}{path} does not answer ({error}). See: pdserve status")
