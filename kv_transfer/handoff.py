@@ -141,39 +141,22 @@ class Handoff:
 
     async def _drive(self) -> None:
         try:
-            plan = self._check_grant()
+            plan = _plan(self._order.grant, self._side)
             self._link = await self._peers.link(self._order.grant.endpoint)
             if self._stopped.is_set() and not self._aborting:
                 return
             accepted = await self._begin(self._link)
             if self._stopped.is_set():
                 return
-            await self._pusher.push(plan, self._cutting(plan, accepted), self._link)
+            cutting = _cutting(plan, self._order, tuple(accepted.runs), self._config.max_message_bytes)
+            await self._pusher.push(plan, cutting, self._link)
         except PdserveError as error:
             self._apply(Failed(error))
 
-    def _check_grant(self) -> TransferPlan:
-        grant = self._order.grant
-        check_identity(self._side.identity, KvIdentity.from_proto(grant.identity))
-        return plan_transfer(self._side.groups, groups_from_proto(grant.layout))
-
     async def _begin(self, link: PeerLink) -> handoff_pb2.Accepted:
-        grant = self._order.grant
         session = ControlSession(self._peers.channel(self._order.decode_address), self._on_answer, self._on_lost)
         self._session = session
-        begin = handoff_pb2.Begin(
-            ticket=grant.ticket,
-            dispatch=types_pb2.DispatchId(
-                request_key=self._order.dispatch.request_key, attempt=self._order.dispatch.attempt
-            ),
-            incarnation=self._side.incarnation,
-            worker_id=self._side.worker_id,
-            transport=grant.endpoint.transport,
-            identity=self._side.identity.to_proto(),
-            layout=[group.to_proto() for group in self._side.groups],
-            token_count=self._order.token_count,
-            connection=link.hello,
-        )
+        begin = _begin_message(self._order, self._side, link.hello)
         session.put(handoff_pb2.HandoffRequest(begin=begin))
         try:
             async with asyncio.timeout(self._config.connect_s):
@@ -182,14 +165,6 @@ class Handoff:
             raise TransferFailed(
                 f"The decode worker at {self._order.decode_address} did not answer Begin in {self._config.connect_s} s."
             ) from None
-
-    def _cutting(self, plan: TransferPlan, accepted: handoff_pb2.Accepted) -> Cutting:
-        return Cutting(
-            blocks=plan.blocks_for(self._order.token_count),
-            first_block=plan.cached_blocks(self._order.grant.cached_tokens),
-            runs=tuple(accepted.runs),
-            max_blocks=max(1, self._config.max_message_bytes // plan.block_bytes),
-        )
 
     # ---- what the peer says
 
@@ -303,6 +278,34 @@ class Handoff:
             error=error,
             activated=self._activated,
         )
+
+
+def _plan(grant: worker_pb2.Grant, side: KvSide) -> TransferPlan:
+    check_identity(side.identity, KvIdentity.from_proto(grant.identity))
+    return plan_transfer(side.groups, groups_from_proto(grant.layout))
+
+
+def _begin_message(order: HandoffOrder, side: KvSide, hello: bytes) -> handoff_pb2.Begin:
+    return handoff_pb2.Begin(
+        ticket=order.grant.ticket,
+        dispatch=types_pb2.DispatchId(request_key=order.dispatch.request_key, attempt=order.dispatch.attempt),
+        incarnation=side.incarnation,
+        worker_id=side.worker_id,
+        transport=order.grant.endpoint.transport,
+        identity=side.identity.to_proto(),
+        layout=[group.to_proto() for group in side.groups],
+        token_count=order.token_count,
+        connection=hello,
+    )
+
+
+def _cutting(plan: TransferPlan, order: HandoffOrder, runs: tuple[int, ...], max_message_bytes: int) -> Cutting:
+    return Cutting(
+        blocks=plan.blocks_for(order.token_count),
+        first_block=plan.cached_blocks(order.grant.cached_tokens),
+        runs=runs,
+        max_blocks=max(1, max_message_bytes // plan.block_bytes),
+    )
 
 
 def _microseconds(start_s: float, end_s: float) -> int:

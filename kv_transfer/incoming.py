@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from kv_transfer.arena import Arena
 from kv_transfer.background import BackgroundTasks
-from kv_transfer.checksums import first_mismatch
 from kv_transfer.layout import TransferPlan
 from kv_transfer.liveness import BEATS_PER_HEARTBEAT, Liveness
 from kv_transfer.outbox import Outbox
 from kv_transfer.reservation import Destination, ReceivedReport, ReceiverCounters, Reservation
+from kv_transfer.segment_receiver import SegmentReceiver
 from kv_transfer.segment_rules import SegmentRules
-from kv_transfer.segments import Coverage, Span
 from kv_transfer.transport import Connection
 from kv_transfer.writer_lease import (
     AcceptWriter,
@@ -86,17 +85,13 @@ class IncomingHandoff:
         )
         self._timer: asyncio.TimerHandle | None = None
         self._tasks = BackgroundTasks()
-        self._receives: set[asyncio.Task[None]] = set()
-        self._verified = Coverage(parts.plan.layers, rules.first_block, rules.end_block)
+        self._segments = SegmentReceiver(parts.arena, reservation.blocks, rules, config.lease_s, self)
         self._liveness = Liveness(config.heartbeat_misses)
         self._answers: Answers | None = None
         self._connection: Connection | None = None
         self._commit: handoff_pb2.Commit | None = None
         self._fin = False
         self._incarnation = 0
-        self._bytes = 0
-        self._segments = 0
-        self._first_s = self._last_s = 0.0
         self._schedule_tick()
 
     # ---- what the session says
@@ -154,7 +149,7 @@ class IncomingHandoff:
     def stop(self, error: PdserveError) -> None:
         """Ends the hand-off from this side: the writer is told, its bytes in flight are waited for."""
         self._apply(WriterStopped(error))
-        self._settle()
+        self.idle()
 
     def cut(self, error: PdserveError) -> None:
         """The session is lost or the writer cannot be believed: the data connection is closed."""
@@ -170,82 +165,47 @@ class IncomingHandoff:
         if self._connection is None or self._fin or self._commit is not None:
             self._apply(WriterCut(TransferFailed("Segment out of order.")))
             return
-        problem = self._rules.admit(segment, len(self._receives))
+        problem = self._segments.post(segment, self._connection)
         if problem is not None:
             # Its bytes may come, and no receive would be posted for them.
             self._apply(WriterCut(TransferFailed(f"Segment refused: {problem}.")))
-            return
-        self._first_s = self._first_s or time.monotonic()
-        task = asyncio.create_task(self._receive(segment, self._connection))
-        self._receives.add(task)
-        task.add_done_callback(self._received)
-
-    async def _receive(self, segment: handoff_pb2.Segment, connection: Connection) -> None:
-        block_id = self.reservation.blocks[segment.first_block]
-        target = self._parts.arena.blocks(segment.layer, block_id, segment.block_count)
-        try:
-            async with asyncio.timeout(self._parts.config.lease_s):
-                await connection.recv(segment.tag, target)
-        except TransferFailed as error:
-            self._apply(WriterCut(error))
-        except TimeoutError:
-            self._apply(WriterCut(TransferFailed(f"KV message {segment.tag} was announced and did not come.")))
-        else:
-            if isinstance(self._state, WriterWriting):
-                self._verify(segment, target)
-
-    def _verify(self, segment: handoff_pb2.Segment, target: memoryview) -> None:
-        wrong = first_mismatch(target, self._parts.plan.block_bytes, segment.checksums)
-        if wrong is not None:
-            self._parts.counters.verify_failures += 1
-            block = segment.first_block + wrong
-            self._apply(WriterStopped(KvCorrupt(f"Checksum of block {block}, layer {segment.layer} does not match.")))
-            return
-        self._last_s = time.monotonic()
-        self._bytes += segment.length
-        self._segments += 1
-        self._verified.add(Span(segment.layer, segment.first_block, segment.block_count))
-        self._answer(handoff_pb2.HandoffResponse(segment_done=handoff_pb2.SegmentDone(tag=segment.tag)))
-
-    def _received(self, task: asyncio.Task[None]) -> None:
-        self._receives.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._apply(WriterCut(TransferFailed(f"Receiving failed: {error!r}.")))
-        self._settle()
 
     def _on_commit(self, commit: handoff_pb2.Commit) -> None:
         if self._commit is None:
             self._commit = commit
-            self._settle()
+            self.idle()
 
     def _on_abort(self, abort: handoff_pb2.Abort) -> None:
         error = error_from_reason(abort.reason, abort.message) if abort.reason else None
         self._fin = True
         self._apply(WriterAborted(error))
-        self._settle()
+        self.idle()
 
-    def _settle(self) -> None:
+    # ---- the receives (ReceiveListener)
+
+    def verified(self, tag: int) -> None:
+        if isinstance(self._state, WriterWriting):
+            self._answer(handoff_pb2.HandoffResponse(segment_done=handoff_pb2.SegmentDone(tag=tag)))
+
+    def corrupt(self, error: KvCorrupt) -> None:
+        self._parts.counters.verify_failures += 1
+        self._apply(WriterStopped(error))
+
+    def broken(self, error: PdserveError) -> None:
+        self._apply(WriterCut(error))
+
+    def idle(self) -> None:
         """Goes on where that waits for the last receive."""
-        if self._receives:
+        if self._segments.posted:
             return
         match self._state:
             case WriterWriting() if self._commit is not None:
-                problem = self._commit_problem(self._commit)
+                problem = self._segments.commit_problem(self._commit)
                 self._apply(WriterVerified() if problem is None else WriterStopped(TransferFailed(problem)))
             case WriterFencing() if self._fin or self._commit is not None:
                 self._apply(WriterSettled())
             case _:
                 pass
-
-    def _commit_problem(self, commit: handoff_pb2.Commit) -> str | None:
-        if (commit.segment_count, commit.byte_count) != (self._segments, self._bytes):
-            return (
-                f"Commit names {commit.segment_count} segments of {commit.byte_count} bytes, "
-                f"{self._segments} of {self._bytes} came."
-            )
-        if not self._verified.complete:
-            return f"Commit came, but {self._verified.missing} blocks did not."
-        return None
 
     # ---- the lease
 
@@ -272,15 +232,14 @@ class IncomingHandoff:
     async def _close_endpoint(self) -> None:
         if self._connection is not None:
             await self._connection.close()
-        if self._receives:
-            await asyncio.wait(self._receives)
+        await self._segments.quiet()
         self._apply(EndpointDied())
 
     def _activate(self) -> None:
         assert self._commit is not None
         first_tokens = tuple((first.choice, first.token_id) for first in self._commit.first_tokens)
-        transfer_us = round((self._last_s - self._first_s) * 1e6) if self._first_s else 0
-        report = ReceivedReport(self.transport, self._bytes, self._segments, max(0, transfer_us))
+        received = self._segments
+        report = ReceivedReport(self.transport, received.bytes, received.segments, received.transfer_us)
         self._parts.counters.activated += 1
         self._finish(handoff_pb2.HandoffResponse(activated=handoff_pb2.Activated()))
         self._parts.destination.activate(self.reservation.dispatch, first_tokens, report)
@@ -293,7 +252,7 @@ class IncomingHandoff:
         self._parts.destination.writer_done(self.reservation.dispatch, error)
 
     def _finish(self, last_word: handoff_pb2.HandoffResponse) -> None:
-        self._parts.counters.bytes_received += self._bytes
+        self._parts.counters.bytes_received += self._segments.bytes
         self._answer(last_word)
         if self._answers is not None:
             self._answers.close()
@@ -324,8 +283,7 @@ class IncomingHandoff:
         """The process ends: no word to anybody."""
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._receives:
-            task.cancel()
+        self._segments.cancel()
         await self._tasks.close()
 
 

@@ -21,6 +21,8 @@ class SegmentRules:
     def __init__(self, plan: TransferPlan, blocks: Sequence[int], first_block: int, tags: TagRange) -> None:
         self.first_block = first_block
         self.end_block = len(blocks)
+        self.layers = plan.layers
+        self.block_bytes = plan.block_bytes
         self.runs = runs_of(blocks)
         self._plan = plan
         self._tags = tags

@@ -102,8 +102,8 @@ class SecurityConfig(Section):
 
 
 class LogConfig(Section):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["json", "text"] = "json"
+    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level written.")
+    format: Literal["json", "text"] = Field(default="json", description="One line per event on stderr, in this form.")
 
 
 class ClusterConfig(Section):

@@ -1,0 +1,70 @@
+"""Owns the decoder of the Llama family in pieces: embed, pre(layer), post(layer), head. Attention comes between pre and post.
+
+The pieces know neither batches nor caches: CacheBlend runs another token set per layer, offloading puts another process between
+pre and post, and the KV hand-off takes each layer's K and V as soon as pre has made them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from engine.model_spec import ModelSpec
+from engine.rotary import RotaryTable, rotate
+from engine.weights import ModelWeights
+
+
+class Decoder:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self._weights = weights
+        self._rotary = RotaryTable(spec.rope_theta, spec.head_dim, dtype, device)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[n] int64 -> hidden [n, hidden]."""
+        return F.embedding(token_ids, self._weights.embedding)
+
+    def rotary(self, positions: torch.Tensor, highest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for `pre`, once per step."""
+        return self._rotary.rows(positions, highest)
+
+    def pre(
+        self, layer: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden [n, hidden] -> rotated q [n, heads, head_dim], rotated k and v [n, kv_heads, head_dim]."""
+        spec, weights = self.spec, self._weights.layers[layer]
+        rotated = spec.heads + spec.kv_heads
+        normed = self._norm(hidden, weights.input_norm)
+        qkv = weights.qkv(normed).view(-1, rotated + spec.kv_heads, spec.head_dim)
+        query_key = qkv[:, :rotated]
+        if weights.qk_norm is not None:
+            query_key = self._head_norm(query_key, weights.qk_norm)
+        query_key = rotate(query_key, *rotary)
+        return query_key[:, : spec.heads], query_key[:, spec.heads :], qkv[:, rotated:]
+
+    def post(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Residual stream after `layer`: attended [n, heads, head_dim] -> hidden [n, hidden]."""
+        weights = self._weights.layers[layer]
+        hidden = hidden + weights.output(attended.reshape(len(hidden), -1))
+        normed = self._norm(hidden, weights.post_norm)
+        gate, up = weights.gate_up(normed).chunk(2, dim=-1)
+        return hidden + weights.down(F.silu(gate) * up)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [n, hidden] -> logits [n, vocab], float32."""
+        return self._weights.head(self._norm(hidden, self._weights.final_norm)).float()
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), weight, self.spec.norm_eps)
+        return weight * self._scaled(x)
+
+    def _head_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self._scaled(x)
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """x / rms(x) in float32, rounded before the weight is applied: the order that checkpoints were trained with."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps)).to(x.dtype)

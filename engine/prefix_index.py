@@ -1,0 +1,106 @@
+"""Owns the prefix index of the device pool: which block holds the KV of which chained key. Pure.
+
+Next to the key an independent fingerprint of the tokens is stored (keyed xxh3, chained over the pages like the key itself) and
+compared on every hit: a collision or a mix-up of keys is then a miss, never another prompt's KV.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_hashes
+
+
+@dataclass(frozen=True, slots=True)
+class PageKey:
+    """Names one full page. unit_keys: chained keys of its hash units, the last one is the page's key."""
+
+    unit_keys: bytes
+    fingerprint: int
+
+    @property
+    def key(self) -> bytes:
+        return self.unit_keys[-HASH_BYTES:]
+
+
+class KeyChain:
+    """The page keys of one growing sequence.
+
+    The keys of the first tokens came with the work; later ones are chained on. Without any key there is nothing to chain to
+    (the namespace root stays with the controller), and the chain stays empty.
+    """
+
+    __slots__ = ("_given", "_page_tokens", "_pages", "_seed")
+
+    def __init__(self, page_tokens: int, unit_keys: bytes, seed: int) -> None:
+        self._page_tokens = page_tokens
+        self._given = unit_keys
+        self._seed = seed
+        self._pages: list[PageKey] = []
+
+    def fork(self) -> KeyChain:
+        other = KeyChain(self._page_tokens, self._given, self._seed)
+        other._pages = list(self._pages)
+        return other
+
+    def pages(self, tokens: array[int], count: int) -> list[PageKey]:
+        """Keys of the first `count` pages, all full, of `tokens` (int32); none where the chain has no root."""
+        while self._given and len(self._pages) < count:
+            start = len(self._pages) * self._page_tokens
+            self._pages.append(self._next(tokens[start : start + self._page_tokens].tobytes()))
+        return self._pages[:count]
+
+    def _next(self, page: bytes) -> PageKey:
+        units = self._page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
+        ordinal = len(self._pages)
+        unit_keys = self._given[ordinal * units : (ordinal + 1) * units]
+        if len(unit_keys) < units:
+            parent = self._pages[-1].key if self._pages else b""
+            # Units that came with the work are never hashed again: a page may begin with some of them.
+            done = len(unit_keys) // HASH_BYTES
+            parent = unit_keys[-HASH_BYTES:] or parent
+            unit_keys += chain_hashes(parent, page[done * HASH_UNIT_TOKENS * TOKEN_BYTES :])
+        seed = self._pages[-1].fingerprint if self._pages else self._seed
+        return PageKey(unit_keys, xxhash.xxh3_64_intdigest(page, seed))
+
+
+class PrefixIndex:
+    """key -> block, one block per key and one key per block."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[bytes, tuple[int, int]] = {}  # key -> (block, fingerprint)
+        self._pages: dict[int, PageKey] = {}  # block -> key
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._pages
+
+    def store(self, block: int, page: PageKey) -> bool:
+        """Enters a full page. False if the key or the block is in the index already."""
+        if page.key in self._blocks or block in self._pages:
+            return False
+        self._blocks[page.key] = (block, page.fingerprint)
+        self._pages[block] = page
+        return True
+
+    def forget(self, block: int) -> bytes:
+        """Removes `block`; returns the unit keys it was stored under."""
+        page = self._pages.pop(block)
+        del self._blocks[page.key]
+        return page.unit_keys
+
+    def lookup(self, pages: Sequence[PageKey]) -> list[int]:
+        """Blocks of the longest indexed prefix of `pages`."""
+        blocks: list[int] = []
+        for page in pages:
+            block, fingerprint = self._blocks.get(page.key, (-1, 0))
+            if block < 0 or fingerprint != page.fingerprint:
+                break
+            blocks.append(block)
+        return blocks

@@ -1,0 +1,107 @@
+"""Owns the weights of the decoder: Hugging Face tensor names and shapes, fused projections, on the compute device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.linear import Linear
+from engine.model_spec import ModelSpec
+from pdserve.errors import ModelUnsupported
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. qkv: q, k and v stacked; gate_up: gate and up stacked. qk_norm: [heads + kv_heads, head_dim] or None."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    qk_norm: torch.Tensor | None
+    output: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    embedding: torch.Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor
+    head: Linear
+
+    def size_bytes(self) -> int:
+        linears = [self.head, *(x for la in self.layers for x in (la.qkv, la.output, la.gate_up, la.down))]
+        return self.embedding.nbytes + sum(linear.size_bytes for linear in linears)
+
+
+class WeightReader:
+    """Reads the tensors of `checkpoint` by their Hugging Face names, in the shapes that `spec` asks for."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self._dtype = dtype
+        self._device = device
+        self._read: set[str] = set()
+
+    def model(self) -> ModelWeights:
+        """All weights; refuses a checkpoint with tensors that this decoder would leave out."""
+        spec = self._spec
+        embedding = self._tensor("model.embed_tokens.weight", spec.vocab, spec.hidden)
+        layers = tuple(self._layer(f"model.layers.{number}.") for number in range(spec.layers))
+        final_norm = self._tensor("model.norm.weight", spec.hidden)
+        head = embedding if spec.tied else self._tensor("lm_head.weight", spec.vocab, spec.hidden)
+        self._refuse_the_rest()
+        return ModelWeights(embedding, layers, final_norm, Linear(head, None))
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        spec = self._spec
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        q_rows, kv_rows = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        qkv_parts = [(attention + "q_proj", q_rows), (attention + "k_proj", kv_rows), (attention + "v_proj", kv_rows)]
+        gate_up_parts = [(mlp + "gate_proj", spec.intermediate), (mlp + "up_proj", spec.intermediate)]
+        return LayerWeights(
+            input_norm=self._tensor(prefix + "input_layernorm.weight", spec.hidden),
+            qkv=self._linear(qkv_parts, spec.hidden, spec.qkv_bias),
+            qk_norm=self._qk_norm(attention) if spec.qk_norm else None,
+            output=self._linear([(attention + "o_proj", spec.hidden)], q_rows, spec.output_bias),
+            post_norm=self._tensor(prefix + "post_attention_layernorm.weight", spec.hidden),
+            gate_up=self._linear(gate_up_parts, spec.hidden, spec.mlp_bias),
+            down=self._linear([(mlp + "down_proj", spec.hidden)], spec.intermediate, spec.mlp_bias),
+        )
+
+    def _qk_norm(self, attention: str) -> torch.Tensor:
+        """One weight row per query and key head, so that both are normalised in one call."""
+        spec = self._spec
+        query = self._tensor(attention + "q_norm.weight", spec.head_dim).expand(spec.heads, -1)
+        key = self._tensor(attention + "k_norm.weight", spec.head_dim).expand(spec.kv_heads, -1)
+        return torch.cat([query, key])
+
+    def _linear(self, parts: Sequence[tuple[str, int]], columns: int, bias: bool) -> Linear:
+        weight = torch.cat([self._tensor(f"{name}.weight", rows, columns) for name, rows in parts])
+        biases = [self._tensor(f"{name}.bias", rows) for name, rows in parts] if bias else []
+        return Linear(weight, torch.cat(biases) if biases else None)
+
+    def _tensor(self, name: str, *shape: int) -> torch.Tensor:
+        self._read.add(name)
+        return self._checkpoint.tensor(name, shape, self._dtype).to(self._device)
+
+    def _refuse_the_rest(self) -> None:
+        unread = sorted(self._checkpoint.names() - self._read)
+        strange = [name for name in unread if not _is_harmless(name, self._spec.tied)]
+        if strange:
+            raise ModelUnsupported(
+                f"The checkpoint has {len(strange)} tensors that a {self._spec.family} decoder does not use, "
+                f"{strange[0]!r} first: it is not the model that config.json describes."
+            )
+
+
+def _is_harmless(name: str, tied: bool) -> bool:
+    """Buffers that old exports stored, and a head that is tied to the embedding anyway."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
