@@ -21,7 +21,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 _BITS_LIMIT = 1 << 32
 MAX_NOISE = 22.88  # -ln(-ln(1 - 2**-33)) = 22.874, of the highest bits
-MIN_NOISE = -3.14  # -ln(-ln(2**-33)) = -3.130, of the lowest
+MIN_NOISE = -3.13  # -ln(-ln(2**-33)) = -3.12999, of the lowest
 
 _SQRT_HALF = 0x3FE6A09E667F3BCD  # the bits of the float64 sqrt(1/2)
 _LN_TERMS = [
