@@ -1,7 +1,7 @@
 """Owns the tokens that a draw may still choose: scaling by temperature, then min_p, top_k and top_p, in vLLM's order.
 
-Tokens are ranked by logit, equal ones by id. Only the first `depth` of a row are looked at, and each row says whether that was
-enough: the vocabulary is sorted only where nothing less is exact.
+Tokens are ranked by logit, equal ones by id; top_p keeps the shortest beginning of that ranking whose mass reaches its share.
+Only the first `depth` of a row are looked at, and each row says whether that was enough.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Truncation:
 class Candidates:
     """token_ids, scaled, kept: [n, depth]; scaled as `Truncation.scaled`, where not kept of no meaning.
 
-    settled: every token that may be drawn is among the kept. open: those at or below `floor` (a logit, [n, 1]) may be drawn too, as
-    far as min_p lets them. Neither: look deeper.
+    settled: every token that may be drawn is among the kept. open: all kept ones may be drawn, and those at or below `floor` (a
+    logit, [n, 1]) too, as far as min_p lets them and the mass ranked before them stays under `goal`. Neither: look deeper.
     """
 
     token_ids: torch.Tensor
@@ -66,6 +66,7 @@ class Candidates:
     settled: torch.Tensor
     open: torch.Tensor
     floor: torch.Tensor
+    goal: torch.Tensor
 
 
 def candidates_of(logits: torch.Tensor, truncation: Truncation, depth: int) -> Candidates:
@@ -80,10 +81,12 @@ def candidates_of(logits: torch.Tensor, truncation: Truncation, depth: int) -> C
     beyond = truncation.scaled(floor) >= truncation.log_min_p.clamp(min=-1e300)  # tokens beyond the depth pass min_p
     settled = ~beyond | (truncation.top_k <= complete.sum(1, keepdim=True))
     unlimited = truncation.top_k >= logits.shape[1]
-    open_rows = ~settled & unlimited & (truncation.top_p == math.inf)
-    kept, reached = _nucleus(kept, scaled, truncation, _tail_mass(logits, truncation, floor, ~settled & unlimited))
-    settled = settled | (unlimited & reached)
-    return Candidates(token_ids, scaled, kept, settled.squeeze(1), open_rows.squeeze(1), floor)
+    tail_mass = _tail_mass(logits, truncation, floor, ~settled & unlimited)
+    reach = scaled.exp().mul_(kept).cumsum(1)
+    goal = truncation.top_p * (reach[:, -1:] + tail_mass)
+    kept &= torch.cat((torch.zeros_like(goal), reach[:, :-1]), dim=1) < goal
+    settled |= unlimited & (reach[:, -1:] >= goal)
+    return Candidates(token_ids, scaled, kept, settled.squeeze(1), (unlimited & ~settled).squeeze(1), floor, goal)
 
 
 def _ranked(logits: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,13 +107,3 @@ def _tail_mass(logits: torch.Tensor, truncation: Truncation, floor: torch.Tensor
         scaled.masked_fill_((part > floor[rows]) | (scaled < limits.log_min_p), -math.inf)
         mass[rows] = scaled.exp_().sum(1, keepdim=True)
     return mass
-
-
-def _nucleus(
-    kept: torch.Tensor, scaled: torch.Tensor, truncation: Truncation, tail_mass: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keeps the shortest beginning whose mass reaches top_p of the whole. Also whether it was reached, [n, 1]."""
-    reach = scaled.exp().mul_(kept).cumsum(1)
-    goal = truncation.top_p * (reach[:, -1:] + tail_mass)
-    before = torch.cat((torch.zeros_like(goal), reach[:, :-1]), dim=1)
-    return kept & (before < goal), reach[:, -1:] >= goal

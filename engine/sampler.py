@@ -14,15 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.candidates import Candidates, Truncation, candidates_of
-from engine.noise import MAX_NOISE, bits_for, gumbel, stream_key, uniform_bits
+from engine.candidates import Truncation
+from engine.noise import stream_key
 from engine.penalties import change_logits, changes_logits
 from engine.protocol import LogprobRow, Sampling
+from engine.race import PASS_ELEMENTS, Race
 from pdserve.errors import InternalError
-
-_DEPTH = 256  # tokens ranked at first; most distributions of a language model end before
-_DEEPER = 8  # times as many at each further try
-_PASS_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of rows looked at whole: on a CPU they should stay in its caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +107,8 @@ class Sampler:
 
     def _draw_random(self, logits: torch.Tensor, peak: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         keys = self._tensor([draw.key for draw in draws]).unsqueeze(1)
-        race = _Race(logits, Truncation.of(peak, [draw.sampling for draw in draws], self._vocab), keys)
-        token_ids = torch.empty(len(draws), dtype=torch.int64, device=self._device)
-        waiting = torch.arange(len(draws), device=self._device)
-        depth = _DEPTH
-        while len(waiting):
-            decided, winners = race.run(depth)
-            token_ids[waiting] = winners
-            undecided = (~decided).nonzero().squeeze(1)
-            waiting = waiting[undecided]
-            if len(waiting):
-                race = race.rows(undecided)
-            depth *= _DEEPER
-        return token_ids
+        truncation = Truncation.of(peak, [draw.sampling for draw in draws], self._vocab)
+        return Race(logits, truncation, keys).winners()
 
     def _logprobs(
         self, logits: torch.Tensor, token_ids: torch.Tensor, draws: Sequence[Draw]
@@ -142,58 +128,13 @@ class Sampler:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
-@dataclass(frozen=True, slots=True)
-class _Race:
-    """Rows that draw at random: logits [n, vocab] after penalties, keys [n, 1] of their noise."""
-
-    logits: torch.Tensor
-    truncation: Truncation
-    keys: torch.Tensor
-
-    def rows(self, rows: torch.Tensor) -> _Race:
-        return _Race(self.logits[rows], self.truncation.rows(rows), self.keys[rows])
-
-    def run(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether `depth` was enough for a row, and its token if so."""
-        candidates = candidates_of(self.logits, self.truncation, depth)
-        scores = candidates.scaled + gumbel(uniform_bits(self.keys, candidates.token_ids))
-        scores.masked_fill_(~candidates.kept, -math.inf)
-        best = scores.amax(1, keepdim=True)
-        vocab = self.logits.shape[1]
-        winners = candidates.token_ids.masked_fill(scores < best, vocab).amin(1)
-        for rows in self._contested(candidates, best):
-            winners[rows] = self.rows(rows)._beyond(candidates.floor[rows], best[rows], winners[rows])
-        return candidates.settled | candidates.open, winners
-
-    def _contested(self, candidates: Candidates, best: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Open rows where the highest noise could carry a token at the floor past the best, in parts of bounded size."""
-        reach = self.truncation.scaled(candidates.floor) + MAX_NOISE
-        rows = (candidates.open & (reach >= best).squeeze(1)).nonzero().squeeze(1)
-        if len(rows):
-            yield from torch.split(rows, max(1, _PASS_ELEMENTS[rows.device.type] // self.logits.shape[1]))
-
-    def _beyond(self, floor: torch.Tensor, best: torch.Tensor, winners: torch.Tensor) -> torch.Tensor:
-        """The winners when the tokens at or below `floor` run too. Their bits tell which of them need a logarithm."""
-        needed = bits_for(best - self.truncation.scaled(floor))
-        bits = uniform_bits(self.keys, torch.arange(self.logits.shape[1], device=self.logits.device))
-        rows, token_ids = ((bits >= needed) & (self.logits <= floor)).nonzero().unbind(1)
-        some = self.truncation.rows(rows)
-        scaled = some.scaled(self.logits[rows, token_ids].unsqueeze(1))
-        scores = scaled + gumbel(bits[rows, token_ids].unsqueeze(1))
-        scores = scores.masked_fill_(scaled < some.log_min_p, -math.inf).squeeze(1)
-        highest = best.squeeze(1).scatter_reduce(0, rows, scores, "amax")
-        winners = winners.masked_fill(highest > best.squeeze(1), self.logits.shape[1])
-        token_ids = token_ids.masked_fill(scores < highest[rows], self.logits.shape[1])
-        return winners.scatter_reduce(0, rows, token_ids, "amin")
-
-
 def logprob_rows(logits: torch.Tensor, token_ids: torch.Tensor, top: int) -> list[LogprobRow]:
     """logits: [n, vocab]; token_ids: int64 [n]. Per row: its token, then the `top` most likely ones (all, if there are fewer).
 
     Raises BadLogits.
     """
     rows: list[LogprobRow] = []
-    step = max(1, _PASS_ELEMENTS[logits.device.type] // logits.shape[1])
+    step = max(1, PASS_ELEMENTS[logits.device.type] // logits.shape[1])
     for start in range(0, len(logits), step):
         rows += _logprob_rows(logits[start : start + step], token_ids[start : start + step], top, start)
     return rows

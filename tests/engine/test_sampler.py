@@ -54,7 +54,7 @@ SAMPLINGS = st.builds(
     sampling,
     st.sampled_from([0.0, 1e-6, 0.3, 1.0, 1.7, 50.0]),
     top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999999, 1.0]),
-    top_k=st.sampled_from([-1, 0, 1, 2, 50, 256, 1000, 10**6]),
+    top_k=st.sampled_from([-1, 0, 0, 1, 2, 50, 256, 1000, 2300, 10**6]),
     min_p=st.sampled_from([0.0, 0.0, 1e-6, 0.05, 0.9, 1.0]),
     repetition=st.sampled_from([1.0, 1.0, 1.3, 0.7]),
     presence=st.sampled_from([0.0, 0.0, 1.5, -2.0]),
@@ -88,6 +88,17 @@ def test_every_row_draws_what_a_plain_sampler_draws(
     if draws:
         drawn = _ids(_sampler(vocab).draw(torch.from_numpy(np.stack(rows)), draws))
         assert all(token_id in allowed for token_id, allowed in zip(drawn, expected, strict=True)), (drawn, expected)
+
+
+@pytest.mark.parametrize("shape", ["normal", "flat", "ties", "equal", "peaked", "holes"])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_a_large_vocabulary_draws_what_a_plain_sampler_draws(shape: str, top_p: float) -> None:
+    rng = np.random.default_rng(5)
+    rows = [_logits(rng, shape, 32_003) for _ in range(12)]
+    asks = [sampling(1.0 + row / 8, top_p=top_p, min_p=1e-4 * (row % 2), seed=row) for row in range(12)]
+    drawn = _ids(_sampler(32_003).draw(torch.from_numpy(np.stack(rows)), [_draw(asked) for asked in asks]))
+    for row, asked, token_id in zip(rows, asks, drawn, strict=True):
+        assert token_id in acceptable(row, asked, reference_noise(asked.seed, 0, 0, 32_003))
 
 
 def test_greedy_draws_the_lowest_id_of_equal_ones() -> None:
