@@ -59,9 +59,13 @@ class Checkpoint:
         if located is None:
             raise ConfigInvalid(f"The checkpoint lacks the tensor {name!r}.")
         if located.shape != tuple(shape):
-            raise ConfigInvalid(f"Tensor {name!r} has shape {list(located.shape)}, but config.json asks for {list(shape)}.")
+            raise ConfigInvalid(
+                f"Tensor {name!r} has shape {list(located.shape)}, but config.json asks for {list(shape)}."
+            )
         if located.dtype not in _FLOAT_DTYPES:
-            raise ModelUnsupported(f"Tensor {name!r} has dtype {located.dtype}; supported are {', '.join(_FLOAT_DTYPES)}.")
+            raise ModelUnsupported(
+                f"Tensor {name!r} has dtype {located.dtype}; supported are {', '.join(_FLOAT_DTYPES)}."
+            )
         stored: torch.Tensor = self._handles[located.file].get_tensor(name)
         return stored.to(dtype)
 
@@ -79,7 +83,9 @@ def _files(model_dir: Path) -> list[Path]:
     elif (model_dir / _SINGLE).is_file():
         names = [_SINGLE]
     else:
-        raise ConfigInvalid(f"{model_dir} holds neither {_SINGLE} nor {_INDEX}: only safetensors checkpoints are loaded.")
+        raise ConfigInvalid(
+            f"{model_dir} holds neither {_SINGLE} nor {_INDEX}: only safetensors checkpoints are loaded."
+        )
     return [model_dir / name for name in names]
 
 

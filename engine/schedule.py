@@ -10,7 +10,7 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.block_tables import BlockCopy, BlockTables
+from engine.block_tables import BlockCopy, BlockTables, Table
 from engine.protocol import SetPolicy
 from engine.sequences import Sequence
 
@@ -47,7 +47,7 @@ class Schedule:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._tables = tables
-        self._prefix_reuse = prefix_reuse
+        self.prefix_reuse = prefix_reuse
 
     def submit(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_turn)
@@ -61,6 +61,13 @@ class Schedule:
         (self.waiting if sequence.table is None else self.running).remove(sequence)
         self.close(sequence)
 
+    def withdraw(self, sequence: Sequence) -> Table:
+        """Takes out a running sequence; its table goes to the caller."""
+        self.running.remove(sequence)
+        table, sequence.table = sequence.table, None
+        assert table is not None
+        return table
+
     def close(self, sequence: Sequence) -> None:
         if sequence.table is not None:
             self._tables.close(sequence.table)
@@ -68,7 +75,7 @@ class Schedule:
 
     def reuse_limit(self, sequence: Sequence) -> int:
         """Tokens that may come from the index: the last one is always computed, its logits are needed."""
-        if not self._prefix_reuse or sequence.state.work.sampling.prompt_logprobs is not None:
+        if not self.prefix_reuse or sequence.state.work.sampling.prompt_logprobs is not None:
             return 0
         return len(sequence.tokens) - 1
 

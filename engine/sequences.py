@@ -61,7 +61,6 @@ class Sequence:
     table: Table | None = None  # None: waiting
     computed: int = 0
     announced: int = 0  # blocks offered through KvReady
-    row: int = -1  # of the step's block-table matrix
     prompt_rows: list[LogprobRow] = field(default_factory=list)
 
     @property
@@ -74,9 +73,14 @@ class Sequence:
         return len(self.tokens) - self.state.work.prompt_tokens
 
     @property
+    def forked(self) -> bool:
+        """Whether it has drawn a token here, and so stands for one choice alone."""
+        return len(self.tokens) * 4 > len(self.state.work.token_ids)
+
+    @property
     def decodes(self) -> bool:
         """Whether it has drawn tokens here and needs one more position only."""
-        return self.missing == 1 and self.computed > 0 and len(self.tokens) * 4 > len(self.state.work.token_ids)
+        return self.missing == 1 and self.computed > 0 and self.forked
 
     @property
     def age(self) -> tuple[int, int, int]:

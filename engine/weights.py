@@ -103,5 +103,3 @@ class WeightReader:
 def _is_harmless(name: str, tied: bool) -> bool:
     """Buffers that old exports stored, and a head that is tied to the embedding anyway."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
-
-

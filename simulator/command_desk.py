@@ -26,19 +26,16 @@ from engine.protocol import (
     Started,
     Stop,
     Submit,
-    Work,
     WorkFailed,
     WriterDone,
 )
-from pdserve.errors import Cancelled, NoCapacity, PdserveError
+from engine.refusals import Doorkeeper
+from pdserve.errors import NoCapacity, PdserveError
 from simulator.block_pool import PoolExhausted
 from simulator.block_tables import BlockTables
 from simulator.dispatch_state import DispatchState, Phase, Sequence
-from simulator.refusals import Tombstones, refusal
-from simulator.step_tokens import StepColumns, prompt_logprobs
+from simulator.step_tokens import StepDraws, prompt_logprobs
 from simulator.token_draw import Vocabulary, stream_key
-
-TOMBSTONE_S = 20.0  # twice the KV lease
 
 
 class CommandDesk:
@@ -55,10 +52,9 @@ class CommandDesk:
         self.policy = policy
         self._tables = tables
         self._vocabulary = vocabulary
-        self._max_context_tokens = max_context_tokens
         self._sink = sink
         self._clock = clock
-        self._tombstones = Tombstones(TOMBSTONE_S)
+        self._doorkeeper = Doorkeeper(max_context_tokens, tables.page_tokens, tables.pool.size, vocabulary.size)
 
     def in_phase(self, phase: Phase) -> list[DispatchState]:
         return [state for state in self.states.values() if state.phase == phase]
@@ -99,7 +95,7 @@ class CommandDesk:
         queue_us = int((state.started_s - state.submitted_s) * 1e6)
         self._sink.emit(Started(state.work.dispatch, tuple(state.table.blocks), cached_tokens, queue_us))
 
-    def prefilled(self, state: DispatchState, columns: StepColumns) -> None:
+    def prefilled(self, state: DispatchState, draws: StepDraws) -> None:
         """The prompt's KV is complete: draws the first token of every choice and forks those that go on."""
         assert state.table is not None
         work = state.work
@@ -107,11 +103,11 @@ class CommandDesk:
             self._sink.emit(prompt_logprobs(work, self._vocabulary))
         for choice in sorted(state.choices):
             key = stream_key(work, choice)
-            token_id, finish = columns.draw(work, choice, key, state.first_index, state.token_count)
-            if finish:
-                state.choices.discard(choice)
-            else:
+            token_id, goes_on = draws.draw(work, choice, key, state.first_index)
+            if goes_on:
                 self._fork(state, choice, key, token_id)
+            else:
+                state.choices.discard(choice)
         state.phase = "decoding"
 
     def after_first_tokens(self, state: DispatchState) -> None:
@@ -152,7 +148,7 @@ class CommandDesk:
         work = command.work
         if work.dispatch in self.states:
             return  # a duplicate message has no effect
-        error = self._refusal(work)
+        error = self._doorkeeper.refusal(work, self._clock())
         if error is not None:
             self._sink.emit(WorkFailed(work.dispatch, (), error.reason, str(error)))
             return
@@ -163,7 +159,7 @@ class CommandDesk:
         if work.dispatch in self.states:
             return
         state = DispatchState(work, "reserve", "reserved", set(work.choices), self._clock())
-        error = self._refusal(work) or self._open_reserved(state)
+        error = self._doorkeeper.refusal(work, self._clock()) or self._open_reserved(state)
         if error is not None:
             self._sink.emit(ReserveRefused(work.dispatch, error.reason, str(error)))
             return
@@ -198,13 +194,13 @@ class CommandDesk:
     def _cancel(self, command: Cancel) -> None:
         state = self.states.get(command.dispatch)
         if state is None:
-            self._tombstones.bury(command.dispatch, self._clock())
+            self._doorkeeper.bury(command.dispatch, self._clock())
             return
         for choice in command.choices or tuple(state.choices):
             self.end_choice(state, choice)
         if state.choices:
             return
-        self._tombstones.bury(command.dispatch, self._clock())
+        self._doorkeeper.bury(command.dispatch, self._clock())
         match state.phase:
             case "waiting":
                 self._forget(state)
@@ -231,11 +227,6 @@ class CommandDesk:
             self._settle_blocks(state)
 
     # ---- parts
-
-    def _refusal(self, work: Work) -> PdserveError | None:
-        if self._tombstones.covers(work.dispatch, self._clock()):
-            return Cancelled("The dispatch was cancelled before it arrived.")
-        return refusal(work, self._max_context_tokens, self._tables)
 
     def _open_reserved(self, state: DispatchState) -> PdserveError | None:
         """All blocks, with the head-room of running sequences left over, or none."""

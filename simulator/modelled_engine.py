@@ -30,7 +30,7 @@ from simulator.cost_model import PRESETS, CostModel
 from simulator.dispatch_state import DispatchState, Sequence
 from simulator.kv_memory import KvMemory
 from simulator.step_plan import StepPlan, plan_step
-from simulator.step_tokens import StepColumns
+from simulator.step_tokens import StepDraws
 from simulator.token_draw import Vocabulary
 
 _STEP_AVERAGE_WEIGHT = 0.1
@@ -216,19 +216,19 @@ class ModelledEngine:
         self._steps += 1
         step_ms = plan.duration_s * 1e3
         self._step_ms += (step_ms - self._step_ms) * (_STEP_AVERAGE_WEIGHT if self._steps > 1 else 1.0)
-        columns = StepColumns(self._steps, self.config.vocabulary, self.config.max_context_tokens)
+        draws = StepDraws(self._steps, self.config.vocabulary, self.config.max_context_tokens)
         for sequence in plan.decodes:
-            self._decode(sequence, columns)
+            self._decode(sequence, draws)
         prefilled = [state for state, _ in plan.chunks if not state.missing_tokens]
         for state in prefilled:
-            self._desk.prefilled(state, columns)
-        columns.emit(self._sink)
+            self._desk.prefilled(state, draws)
+        draws.emit(self._sink)
         for state in prefilled:
             self._desk.after_first_tokens(state)
         for dispatch in dict.fromkeys(sequence.dispatch for sequence in plan.decodes):
             self._desk.settle(dispatch)
 
-    def _decode(self, sequence: Sequence, columns: StepColumns) -> None:
+    def _decode(self, sequence: Sequence, draws: StepDraws) -> None:
         state = self._desk.states[sequence.dispatch]
         try:
             self._tables.grow(sequence.table)
@@ -236,8 +236,7 @@ class ModelledEngine:
             self._desk.fail_choice(state, sequence.choice, NoCapacity(f"The KV pool is exhausted: {error}."))
             return
         self._tables.write_token(sequence.table, sequence.token_id.to_bytes(4, "little", signed=True))
-        length = sequence.table.token_count
-        sequence.token_id, finish = columns.draw(state.work, sequence.choice, sequence.key, sequence.next_index, length)
+        sequence.token_id, goes_on = draws.draw(state.work, sequence.choice, sequence.key, sequence.next_index)
         sequence.next_index += 1
-        if finish:
+        if not goes_on:
             self._desk.end_choice(state, sequence.choice)

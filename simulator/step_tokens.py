@@ -1,49 +1,33 @@
-"""Owns the columns of one step's tokens: draws a token, says whether it ends its choice, collects the row."""
+"""Owns the tokens of one modelled step: draws them and puts them into the columns."""
 
 from __future__ import annotations
 
-from engine.protocol import EventSink, LogprobRow, PromptLogprobs, StepTokens, Work
+from engine.protocol import EventSink, LogprobRow, PromptLogprobs, Work
+from engine.step_tokens import StepColumns
 from simulator.token_draw import Vocabulary, draw_token, logprob_row, stream_key
 
-GOES_ON, STOP, LENGTH = 0, 1, 2
 
-
-class StepColumns:
-    """One StepTokens message in the making."""
-
+class StepDraws:
     def __init__(self, step: int, vocabulary: Vocabulary, max_context_tokens: int) -> None:
-        self._step = step
         self._vocabulary = vocabulary
-        self._max_context_tokens = max_context_tokens
-        self._rows: list[tuple[int, int, int, int, int, int]] = []
-        self._logprobs: list[LogprobRow | None] = []
+        self._columns = StepColumns(step, vocabulary.eos_token_ids, max_context_tokens)
 
-    def draw(self, work: Work, choice: int, key: bytes, index: int, length: int) -> tuple[int, int]:
-        """Token at output index `index` of a choice whose KV holds `length` tokens. Returns (token id, finish)."""
+    def draw(self, work: Work, choice: int, key: bytes, index: int) -> tuple[int, bool]:
+        """Token at output index `index` of a choice. Returns (token id, whether the choice goes on)."""
         sampling = work.sampling
         ends = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             ends |= frozenset(self._vocabulary.eos_token_ids)
         token_id = draw_token(self._vocabulary, key, index, banned=ends if index < sampling.min_tokens else ())
-        finish = GOES_ON
-        if token_id in ends:
-            finish = STOP
-        elif index + 1 >= sampling.max_tokens or length + 1 >= self._max_context_tokens:
-            finish = LENGTH
-        dispatch = work.dispatch
-        self._rows.append((dispatch.request_key, dispatch.attempt, choice, index, token_id, finish))
-        row = None
+        row: LogprobRow | None = None
         if sampling.logprobs is not None:
             row = logprob_row(self._vocabulary, key, index, token_id, sampling.logprobs)
-        self._logprobs.append(row)
-        return token_id, finish
+        return token_id, self._columns.add(work, choice, index, token_id, row)
 
     def emit(self, sink: EventSink) -> None:
-        if not self._rows:
-            return
-        keys, attempts, choices, indices, token_ids, finish = zip(*self._rows, strict=True)
-        logprobs = tuple(self._logprobs) if any(row is not None for row in self._logprobs) else ()
-        sink.emit(StepTokens(self._step, keys, attempts, choices, indices, token_ids, finish, logprobs))
+        message = self._columns.message()
+        if message is not None:
+            sink.emit(message)
 
 
 def prompt_logprobs(work: Work, vocabulary: Vocabulary) -> PromptLogprobs:

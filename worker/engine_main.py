@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from engine.native import NativeEngine
-
 from engine.protocol import EventSink
 from service_kit.config import ClusterConfig
 from worker_runtime.engine_process import host_engine
 
 
 def open_native(config: ClusterConfig, sink: EventSink) -> NativeEngine:
-    return NativeEngine.open(config.model, config.engine, sink)
+    pool = config.pool
+    workers = max(1, pool.prefill + pool.decode + pool.both)
+    threads = config.engine.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    return NativeEngine.open(config.model, config.engine.model_copy(update={"threads": threads}), sink)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""Owns the loading of a model: config to checkpoint, device, dtype, threads, weights, the layout and size of its KV pool."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.decoder import Decoder
+from engine.kv_memory import TORCH_DTYPES, KvMemory, open_kv_memory
+from engine.model_source import model_directory
+from engine.model_spec import ModelSpec
+from engine.protocol import Layout
+from engine.weights import WeightReader
+from kv_transfer.keys import identity_digest
+from pdserve.errors import ConfigInvalid
+from service_kit.config import EngineConfig, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    name: str
+    spec: ModelSpec
+    decoder: Decoder
+    device: torch.device
+    layout: Layout
+    identity: bytes
+    max_context_tokens: int
+    weights_bytes: int
+    load_seconds: float
+
+
+def load_model(model: ModelConfig, engine: EngineConfig) -> tuple[LoadedModel, KvMemory]:
+    """Raises ConfigInvalid or ModelUnsupported, with what to change."""
+    start_s = time.monotonic()
+    if engine.threads:
+        torch.set_num_threads(engine.threads)
+    device = _device(model.device)
+    dtype_name = model.dtype if model.dtype != "auto" else ("float32" if device.type == "cpu" else "bfloat16")
+    directory = model_directory(model.path)
+    spec = ModelSpec.load(directory)
+    max_context_tokens = spec.context_limit(model.max_context_tokens)
+    layout = _layout(spec, dtype_name, engine)
+    with Checkpoint(directory) as checkpoint:
+        weights = WeightReader(checkpoint, spec, TORCH_DTYPES[dtype_name], device).model()
+        identity = _identity(spec, checkpoint.digest(), dtype_name)
+    decoder = Decoder(spec, weights, TORCH_DTYPES[dtype_name], device)
+    memory = open_kv_memory(layout, device)
+    loaded = LoadedModel(
+        name=model.served_name or Path(model.path).name,
+        spec=spec,
+        decoder=decoder,
+        device=device,
+        layout=layout,
+        identity=identity,
+        max_context_tokens=max_context_tokens,
+        weights_bytes=weights.size_bytes(),
+        load_seconds=time.monotonic() - start_s,
+    )
+    return loaded, memory
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigInvalid("model.device is cuda, but torch sees no CUDA device. Set model.device to cpu or auto.")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def _layout(spec: ModelSpec, dtype_name: str, engine: EngineConfig) -> Layout:
+    block_bytes = 2 * engine.block_tokens * spec.kv_heads * spec.head_dim * TORCH_DTYPES[dtype_name].itemsize
+    blocks = engine.kv_bytes // (spec.layers * block_bytes)
+    if blocks < 2:
+        raise ConfigInvalid(
+            f"engine.kv_bytes is {engine.kv_bytes}, but one KV block of {engine.block_tokens} tokens takes "
+            f"{spec.layers * block_bytes} bytes in all layers. Give at least two blocks."
+        )
+    return Layout(
+        layers=spec.layers,
+        blocks=blocks,
+        page_tokens=engine.block_tokens,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        dtype=dtype_name,
+        block_bytes=block_bytes,
+    )
+
+
+def _identity(spec: ModelSpec, weights_digest: str, dtype_name: str) -> bytes:
+    """What two engines must share for the KV of one to be that of the other."""
+    return identity_digest(
+        [
+            ("family", spec.family),
+            ("weights", weights_digest),
+            ("kv_dtype", dtype_name),
+            ("heads", f"{spec.heads}/{spec.kv_heads}x{spec.head_dim}"),
+            ("norm_eps", repr(spec.norm_eps)),
+            ("rope", spec.rope_identity()),
+            ("adapter", ""),
+        ]
+    )
