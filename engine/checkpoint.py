@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,22 @@ _MAX_INDEX_BYTES = 64 * 2**20
 _MAX_FILES = 1024
 _READ_BYTES = 4 * 2**20
 _FLOAT_DTYPES = ("F32", "BF16", "F16")
+
+
+class _Slice(Protocol):
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+
+class _Handle(Protocol):
+    """An open safetensors file; the library has no annotations of its own."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str) -> _Slice: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +83,7 @@ class Checkpoint:
             raise ModelUnsupported(
                 f"Tensor {name!r} has dtype {located.dtype}; supported are {', '.join(_FLOAT_DTYPES)}."
             )
-        stored: torch.Tensor = self._handles[located.file].get_tensor(name)
+        stored = self._handles[located.file].get_tensor(name)
         return stored.to(dtype)
 
     def digest(self) -> str:
@@ -111,9 +128,9 @@ def _indexed_names(index: Path) -> list[str]:
     return names
 
 
-def _open(path: Path) -> safe_open:
+def _open(path: Path) -> _Handle:
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        return cast(_Handle, safe_open(path, framework="pt", device="cpu"))
     except (SafetensorError, OSError) as error:
         raise ConfigInvalid(f"{path} is not a whole safetensors file: {error}.") from error
 
