@@ -8,6 +8,8 @@ TORCH ?= -r requirements/torch.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 UP_FLAGS ?=
 PYTEST_FLAGS ?=
+# One compute thread per test process: several of them share the cores. loadfile: a file's tests share their cluster.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile
 
 SERVE_STAMP := $(VENV)/.serve-ready
 DEV_STAMP := $(VENV)/.dev-ready
@@ -41,10 +43,10 @@ down:  ## end the cluster, nothing left over
 	@if [ -x $(BIN)/pdserve ]; then $(BIN)/pdserve down; else echo "nothing is set up here"; fi
 
 test: setup-dev  ## set up, run all tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 test-fast: setup-dev  ## the tests without real clusters and large loads, under a minute
-	$(BIN)/python -m pytest -m 'not slow' -n 4 $(PYTEST_FLAGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_FLAGS)
 
 check: setup-dev  ## lint, types, layers, protos, generated files
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from service_kit.config import TransferConfig
 from tests.kv_transfer.processes import CONFIG, GEOMETRY
 from tests.kv_transfer.rig import Rig, eventually, open_rig
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]  # real processes
 ROOT = Path(__file__).parents[2]
 KEY = DispatchKey(1, 1)
 TOKENS = GEOMETRY.blocks * 16

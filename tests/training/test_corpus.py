@@ -14,6 +14,8 @@ from training.conversations import Message, conversations, facts, first_paragrap
 from training.corpus import HELD_OUT_MODULES, Corpus, compiled_docstrings, read_corpus
 from training.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
+pytestmark = pytest.mark.slow  # reads the standard library whole
+
 REPOSITORY = Path(__file__).parents[2]
 
 

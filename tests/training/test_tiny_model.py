@@ -20,6 +20,8 @@ from training.readability import distinct_share, known_word_share, library_words
 from training.tiny_model import stream
 from training.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, token_id
 
+pytestmark = pytest.mark.slow  # generates with the shipped model
+
 DIRECTORY = Path(__file__).parents[2] / "models" / "pdserve-tiny"
 FILES = (
     *("README.md", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json"),

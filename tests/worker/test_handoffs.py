@@ -115,7 +115,7 @@ async def test_a_reservation_that_no_block_is_left_for_is_refused(
     controller: ControllerTwin, start_worker: StartWorker
 ) -> None:
     pair = await open_pair(controller, start_worker)
-    pair.decode.send(commands.reserve(commands.work(1, range(100, 100_000))))
+    pair.decode.send(commands.reserve(commands.work(1, [100] * 99_900)))
     await pair.decode.until(lambda: pair.decode.of("reserve"))
     result = pair.decode.of("reserve")[0].reserve
     assert result.refused.reason == "no_capacity"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.controller.http_api.server import ApiServer
+
+pytestmark = pytest.mark.slow  # hundreds of generated requests
 
 CHECKS = [
     not_a_server_error,
