@@ -69,7 +69,7 @@ async def _serve(settings: NodeSettings, engine_module: str) -> int:
             await node.close()
     except PdserveError as error:
         log.error("worker_failed", reason=error.reason, message=error.message)
-        return EXIT_FAILED
+        return EXIT_CONFIG if isinstance(error, ConfigInvalid) else EXIT_FAILED
     except Exception as error:
         log.exception("worker_failed", error)
         return EXIT_FAILED

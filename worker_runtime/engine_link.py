@@ -12,7 +12,8 @@ from typing import Protocol, cast
 
 from engine.protocol import ENCODER, EVENTS, Command, EngineReady, Event, Stop
 from kv_transfer.arena import Arena
-from pdserve.errors import WorkerLost
+from pdserve.errors import ConfigInvalid, WorkerLost
+from worker_runtime.engine_process import EXIT_CONFIG
 from worker_runtime.framing import MAX_FRAME_BYTES, FrameReader, FrameTooLarge, encode_frame
 
 _RECEIVE_BYTES = 1 << 20
@@ -55,7 +56,7 @@ class ProcessEngineLink:
         """Starts the engine process and waits until it is ready.
 
         settings: its start-up frame. command: its argument vector, to which the link's descriptor and the pid of this process
-        are appended. Raises WorkerLost when it ends or is not ready within `deadline_s`.
+        are appended. Raises WorkerLost when it ends or is not ready within `deadline_s`, ConfigInvalid when it refuses to start.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -76,6 +77,8 @@ class ProcessEngineLink:
         except (TimeoutError, OSError, WorkerLost) as error:
             ours.close()
             await _end(process)
+            if process.returncode == EXIT_CONFIG:
+                raise ConfigInvalid("The engine process refused its configuration; its log says why.") from error
             raise WorkerLost(f"the engine process did not start ({error or 'deadline'}); its log says why") from error
         stream = _EventStream(reader, following)
         await asyncio.get_running_loop().create_unix_connection(lambda: stream, sock=ours)

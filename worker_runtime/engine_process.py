@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine.protocol import Command, EngineReady, EventSink, Load
+from pdserve.errors import ConfigInvalid, ModelUnsupported
 from service_kit.config import ClusterConfig
 from service_kit.logs import configure_logs, get_logger
 from service_kit.process import die_with_parent
@@ -17,6 +18,7 @@ from worker_runtime.engine_loop import run
 
 START_DEADLINE_S = 10.0
 EXIT_STOPPED = 0
+EXIT_CONFIG = 2  # started again it would refuse again
 EXIT_FAILED = 70  # EX_SOFTWARE
 EXIT_IO_LOST = 75
 
@@ -53,6 +55,9 @@ def host_engine(link_fd: int, parent_pid: int, open_engine: Callable[[ClusterCon
     except IoProcessLost as lost:
         log.warning("engine_without_io_process", reason=str(lost))
         return EXIT_IO_LOST
+    except (ConfigInvalid, ModelUnsupported) as refused:
+        log.error("engine_refused", reason=refused.reason, message=refused.message)
+        return EXIT_CONFIG
     except Exception as error:
         log.exception("engine_failed", error)
         return EXIT_FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,19 @@ def tail(log: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    return "\n".join(lines[-15:])
+    return "\n".join(_readable(line) for line in lines[-15:])
+
+
+def _readable(line: str) -> str:
+    """What an event of a log in JSON says; other lines, and tracebacks, as they are."""
+    try:
+        event: object = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(event, dict):
+        return line
+    told = event.get("traceback") or event.get("message")
+    return f"{event.get('process')}: {event.get('event')}{f': {told}' if told else ''}"
 
 
 def _row(row: Record) -> ProcessNow:

@@ -60,7 +60,7 @@ def _transport(config: Record) -> Check:
 def _model(config: Record) -> Check:
     path = Path(config.record("model").text("path"))
     if not path.is_dir():
-        return Check("fail", "model", f"{path} is no directory", "Give one: pdserve up --model DIR_OR_HUB_ID")
+        return Check("fail", "model", f"{path} is no directory", "Give a checkpoint: pdserve up --model DIR_OR_HUB_ID.")
     if not (path / "config.json").is_file():
         return Check("fail", "model", f"{path} has no config.json", "Give the directory of a Hugging Face checkpoint.")
     weights = weight_bytes(path)
@@ -100,6 +100,8 @@ def _memory(config: Record) -> Check:
     weights = weight_bytes(Path(config.record("model").text("path")))
     needed = workers * (PROCESS_BYTES + 2 * weights + engine.integer("kv_bytes")) + CONTROLLER_BYTES
     available = _available_bytes()
+    if not workers:
+        return Check("fail", "workers", "none asked for", "Give --prefill N and --decode M, or --both K.")
     text = f"{workers} workers need about {size(needed)}, {size(available)} are free"
     if needed > available:
         return Check("warn", "memory", text, "Fewer workers, or --set engine.kv_bytes=BYTES with a smaller pool.")

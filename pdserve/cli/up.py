@@ -138,7 +138,7 @@ def _checked(config: Record, terminal: Terminal) -> bool:
         terminal.line(check.mark, check.name, check.text + (f". {check.remedy}" if check.remedy else ""))
     failed = [check for check in checks if check.mark == "fail"]
     if failed:
-        terminal.error("not_ready", f"{failed[0].name}: {failed[0].text}. {failed[0].remedy} Then: pdserve up")
+        terminal.error("not_ready", f"{failed[0].name}: {failed[0].text}. {failed[0].remedy}")
     return not failed
 
 
