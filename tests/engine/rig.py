@@ -29,6 +29,7 @@ from service_kit.config import EngineConfig, ModelConfig
 
 SHIPPED = Path(__file__).parents[2] / "models" / "pdserve-tiny"
 MIB = 2**20
+PROMPT = [(7 * position) % 500 + 5 for position in range(75)]
 E = TypeVar("E")
 
 SMALL: dict[str, object] = {

@@ -1,0 +1,99 @@
+"""Two native engines as source and destination of a hand-off, over copied blocks: announcements, equality, releases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.native import NativeEngine
+from engine.protocol import (
+    Activate,
+    Dispatch,
+    Freed,
+    KvReady,
+    PrefillDone,
+    ReleaseSource,
+    ReserveBlocks,
+    Reserved,
+    Started,
+    StepTokens,
+    Submit,
+)
+from tests.engine.rig import (
+    PROMPT,
+    Recorder,
+    assert_all_free,
+    finish,
+    generate,
+    open_native,
+    sampling,
+    work,
+)
+
+
+def hand_off(source: NativeEngine, recorder: Recorder, target: NativeEngine, received: Recorder, key: int) -> None:
+    """What two io processes do: reserve, prefill, copy each announced block of the arena, activate, release."""
+    (table,) = recorder.of(Started, key)
+    (grant,) = received.of(Reserved, key)
+    first = grant.cached_tokens // 16
+    seen: list[tuple[int, int]] = []
+    for ready in recorder.of(KvReady, key):
+        for ordinal in range(ready.first_block, ready.first_block + ready.block_count):
+            seen.append((ready.layer, ordinal))
+    blocks = table.blocks
+    assert sorted(seen) == [(layer, ordinal) for layer in range(3) for ordinal in range(len(blocks))]
+    for layer, ordinal in seen:
+        if ordinal >= first:
+            target._memory.pool[layer, grant.blocks[ordinal]] = source._memory.pool[layer, blocks[ordinal]]
+    (done,) = recorder.of(PrefillDone, key)
+    target.handle(Activate(done.dispatch, done.going_on))
+    source.handle(ReleaseSource(done.dispatch))
+
+
+@pytest.mark.parametrize("length", [1, 16, 75, 600])
+def test_prefill_here_and_decode_there_equal_one_engine(model_dir: Path, length: int) -> None:
+    prompt = [(11 * position) % 500 + 5 for position in range(length)]
+    drawn = sampling(20, temperature=0.7, seed=6)
+    source, announced = open_native(model_dir, {"prefill_chunk": 128})
+    target, received = open_native(model_dir)
+    for key in (1, 2):  # the second time both sides hold the prefix
+        one = work(key, prompt, drawn, choices=(0, 1, 2))
+        target.handle(ReserveBlocks(one, 10_000))
+        finish(source, Submit(one, "prefill"))
+        hand_off(source, announced, target, received, key)
+        finish(target)
+        alone, told = open_native(model_dir)
+        generate(alone, one)
+        for choice, tokens in told.tokens(key).items():
+            assert announced.tokens(key)[choice] == tokens[:1]
+            assert received.tokens(key)[choice] == tokens[1:]
+        alone.close()
+    for engine in (source, target):
+        assert_all_free(engine)
+        engine.close()
+
+
+def test_kv_is_announced_layer_by_layer_with_each_chunk_and_the_tail_with_the_last(model_dir: Path) -> None:
+    engine, recorder = open_native(model_dir, {"prefill_chunk": 40})
+    finish(engine, Submit(work(1, PROMPT), "prefill"))
+    ready = [(event.layer, event.first_block, event.block_count) for event in recorder.of(KvReady, 1)]
+    assert ready == [(layer, 0, 2) for layer in range(3)] + [(layer, 2, 3) for layer in range(3)]
+    kinds = [
+        type(event) for event in recorder.events if isinstance(event, Started | KvReady | StepTokens | PrefillDone)
+    ]
+    assert kinds == [Started, *[KvReady] * 6, StepTokens, PrefillDone]
+    engine.handle(ReleaseSource(Dispatch(1, 1)))
+    assert_all_free(engine)
+    engine.close()
+
+
+def test_a_prefill_that_ends_with_its_first_token_has_nothing_to_hand_off(
+    native: tuple[NativeEngine, Recorder],
+) -> None:
+    engine, recorder = native
+    finish(engine, Submit(work(1, PROMPT, sampling(1)), "prefill"))
+    assert recorder.of(PrefillDone, 1)[0].going_on == ()
+    assert not recorder.of(Freed, 1)
+    engine.handle(ReleaseSource(Dispatch(1, 1)))
+    assert len(recorder.of(Freed, 1)) == 1
