@@ -52,7 +52,8 @@ async def test_a_stream_of_the_sdk_survives_the_death_of_the_controller(own_clus
     assert time.monotonic() - began < 30
     await asyncio.to_thread(wait_until, lambda: own_cluster.ready(2), "both workers registered again")
     assert int(str(own_cluster.status()["pid"])) != pid
-    answer = httpx.post(f"{own_cluster.api_url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 1}, timeout=30)
+    async with httpx.AsyncClient(base_url=own_cluster.api_url, timeout=30) as http:
+        answer = await http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1})
     assert answer.status_code == 200
 
 
