@@ -37,6 +37,9 @@ from kv_transfer.tags import TagRange
 from pdserve.errors import PdserveError, TransferFailed, error_from_reason
 from pdserve.v1 import handoff_pb2, types_pb2, worker_pb2
 from service_kit.config import TransferConfig
+from service_kit.logs import get_logger
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +207,8 @@ class Handoff:
                 self._put(handoff_pb2.HandoffRequest(heartbeat=handoff_pb2.Heartbeat()))
                 if not self._liveness.beat():
                     self._silent = True
+                    if self._session is not None:
+                        self._session.ended.set()
                     self._apply(PeerLost(TransferFailed("The decode worker is silent: no heartbeat.")))
             elif self._session is None:
                 # Not begun: the connect has its own deadline, the lease is not the peer's to renew yet.
@@ -238,10 +243,9 @@ class Handoff:
     async def _part(self) -> None:
         """Says FIN and waits for the peer's last word; a peer that gives none loses the connection."""
         session = self._session
-        if session is None or session.ended.is_set():
-            return
         if self._silent:
             await self._close_link()
+        if session is None or session.ended.is_set():
             return
         if not self._activated:
             # Also in answer to Refused: only an explicit FIN tells the peer that nothing more will be written.
@@ -250,14 +254,18 @@ class Handoff:
             self._put(handoff_pb2.HandoffRequest(abort=handoff_pb2.Abort(reason=reason, message=message)))
         session.half_close()
         try:
-            async with asyncio.timeout(self._grace_s):
+            # Closing the connection would fail every hand-off that shares it: a busy peer that still talks gets its time.
+            async with asyncio.timeout(self._grace_s if self._activated else self._config.lease_s):
                 await session.ended.wait()
         except TimeoutError:
             if not self._activated:
                 await self._close_link()
+        if self._silent:
+            await self._close_link()
 
     async def _close_link(self) -> None:
-        if self._link is not None:
+        if self._link is not None and not self._link.connection.closed:
+            _log.warning("kv_link_closed", endpoint=self._order.grant.endpoint.address, silent=self._silent)
             await self._link.connection.close()
 
     def _put(self, request: handoff_pb2.HandoffRequest) -> None:

@@ -149,8 +149,12 @@ def _settling(state: SourceSettling, event: SourceEvent, now_s: float) -> _Step:
             return SourceReleased(state.error), (ReleaseBlocks(state.error),)
         case SourceTick() if now_s >= state.close_s:
             return replace(state, close_s=now_s + _CLOSE_AGAIN_S), (CloseConnection(),)
-        case PeerLost():
+        case PeerLost() if state.error is not None:
             return replace(state, close_s=min(state.close_s, now_s)), ()
+        case PeerLost():
+            # It confirmed all of it, and then its stream ended: that is how it should be. Our sends may see their own end a
+            # turn later than its answer; closing the connection under them would fail every other hand-off that shares it.
+            return state, ()
         case PeerHeard() | Delivered() | Failed() | SourceTick():
             return state, ()
         case _:

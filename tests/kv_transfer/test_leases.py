@@ -206,6 +206,12 @@ class TestSourceLease:
         state, _ = step_source(self.HELD, PeerLost(ERROR), 5.0)
         assert step_source(state, SourceTick(), 5.0)[1] == (CloseConnection(),)
 
+    def test_the_end_of_the_stream_after_delivery_closes_nothing_under_a_send_that_is_about_to_end(self) -> None:
+        state, _ = step_source(self.HELD, Delivered(), 5.0)
+        state, _ = step_source(state, PeerLost(ERROR), 5.0)
+        assert step_source(state, SourceTick(), 5.0)[1] == ()
+        assert step_source(state, SendsSettled(), 5.0)[1] == (ReleaseBlocks(None),)
+
     def test_a_confirmation_after_the_failure_changes_nothing(self) -> None:
         state, _ = step_source(self.HELD, Failed(ERROR), 5.0)
         assert step_source(state, Delivered(), 5.1) == (state, ())
