@@ -27,6 +27,7 @@ from controller.waiting_room import PlacementSettings
 from service_kit.api_keys import ApiKeys
 from service_kit.config import ClusterConfig
 from service_kit.exposure import check_exposure
+from service_kit.grpc_server import worker_credentials
 from service_kit.logs import get_logger
 from service_kit.metrics import Metrics
 
@@ -54,7 +55,7 @@ class ControllerNode:
             config.worker.heartbeat_s,
             config.worker.heartbeat_misses,
             stall_s=config.transfer.lease_s,
-            credentials=self._grpc.worker_credentials,
+            credentials=worker_credentials(config.security),
         )
         self._fleet = Fleet(fleet_settings, clock)
         rng = Random(secrets.randbits(64))

@@ -14,22 +14,15 @@ from kv_transfer.transports.frames import HELLO_BYTES
 from pdserve.errors import ConfigInvalid
 from pdserve.v1 import types_pb2
 from service_kit.config import TransferConfig
+from service_kit.grpc_server import open_channel
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
 
 _MAX_CHANNELS = 512
 
-# A restarted worker may come back at the same address: do not sit out gRPC's default back-off of two minutes.
-_CHANNEL_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),
-)
-
 
 def open_insecure_channel(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return open_channel(address, None)
 
 
 class PeerLink:

@@ -134,6 +134,11 @@ def channel_credentials(security: SecurityConfig) -> grpc.ChannelCredentials | N
     return grpc.ssl_channel_credentials(root, _read(security.tls_key), _read(security.tls_cert))
 
 
+def worker_credentials(security: SecurityConfig) -> grpc.ChannelCredentials | None:
+    """To dial a worker: mutual TLS where the cluster has a CA; without one workers serve plainly."""
+    return channel_credentials(security) if security.tls_ca is not None else None
+
+
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
     """To another process of the cluster. A cut is seen within 2 s, a restarted peer is found again within 1 s."""
     options = (

@@ -20,7 +20,7 @@ from service_kit.config_file import load_config
 from service_kit.logs import configure_logs, get_logger
 from service_kit.process import die_with_parent
 from worker_runtime.engine_link import ProcessEngineLink
-from worker_runtime.grpc_credentials import check_worker_exposure
+from worker_runtime.grpc_endpoint import check_worker_exposure
 from worker_runtime.holding import RoleName
 from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
 

@@ -13,13 +13,13 @@ from kv_transfer.transport import Transport
 from pdserve.errors import WorkerLost
 from pdserve.v1 import membership_pb2, worker_pb2
 from service_kit.config import ClusterConfig
+from service_kit.grpc_server import channel_credentials, open_channel, worker_credentials
 from service_kit.logs import get_logger
 from worker_runtime.commands import CommandRouter, NodeControl
 from worker_runtime.dispatches import DispatchTable
 from worker_runtime.engine_link import EngineLink
 from worker_runtime.event_router import EventRouter
-from worker_runtime.grpc_credentials import GrpcCredentials, check_worker_exposure
-from worker_runtime.grpc_endpoint import GrpcEndpoint
+from worker_runtime.grpc_endpoint import GrpcEndpoint, check_worker_exposure
 from worker_runtime.holding import Holding, RoleName
 from worker_runtime.kv_endpoint import KvEndpoint, kv_side, open_transports
 from worker_runtime.kv_index import KvIndex
@@ -62,7 +62,6 @@ class WorkerNode:
         self._settings = settings
         self._link = link
         self._clock = clock
-        self._credentials = GrpcCredentials(config.security)
         self._holding = Holding(settings.roles)
         self._load = LoadBoard(self._holding, link.ready.layout.blocks)
         self._dispatches = DispatchTable(tombstone_s=2 * config.transfer.lease_s)
@@ -71,11 +70,14 @@ class WorkerNode:
         )
         self._tasks = TaskOwner()
         side = kv_side(link.ready, settings.worker_id, settings.incarnation, link)
-        self._kv = KvEndpoint(side, transports, config.transfer, link, self._credentials.open_worker_channel)
+        to_workers = worker_credentials(config.security)
+        self._kv = KvEndpoint(
+            side, transports, config.transfer, link, lambda address: open_channel(address, to_workers)
+        )
         self._load.count_with(self._kv.figures)
         self._reports = DispatchReports(self._dispatches, self._hub, self._load.report)
         self._events = EventRouter(self._dispatches, self._reports, self._load, self._hub)
-        self._grpc = GrpcEndpoint(config.worker.host, self._credentials.server)
+        self._grpc = GrpcEndpoint(config)
         self._gone = asyncio.Event()
         self._drain_deadline: float | None = None
         self._last_words_deadline: float | None = None
@@ -110,12 +112,14 @@ class WorkerNode:
 
     async def run(self) -> None:
         """Returns once the worker is drained. Raises WorkerLost when the engine is gone."""
-        channels = [self._credentials.open_controller_channel(address) for address in self._settings.config.controllers]
+        config = self._settings.config
+        to_controllers = channel_credentials(config.security)
+        channels = [open_channel(address, to_controllers) for address in config.controllers]
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._consume()), group.create_task(self._beat())]
                 tasks.append(group.create_task(self._sweep()))
-                for address, channel in zip(self._settings.config.controllers, channels, strict=True):
+                for address, channel in zip(config.controllers, channels, strict=True):
                     registration = Registration(address, channel, self._info, self._hub, random.Random())
                     tasks.append(group.create_task(registration.run()))
                 await self._gone.wait()

@@ -16,7 +16,7 @@ from tests.worker import commands
 from tests.worker.controller_twin import ControllerTwin
 from tests.worker.processes import WorkerProcess
 from tests.worker.test_handoffs import PROMPT, Pair
-from worker_runtime.grpc_credentials import GrpcCredentials, check_worker_exposure
+from worker_runtime.grpc_endpoint import GrpcEndpoint, check_worker_exposure
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,14 @@ def test_a_worker_off_loopback_needs_a_ca_or_the_word_insecure(host: str, files:
     worker = WorkerConfig(host=host)
     with pytest.raises(ConfigInvalid):
         check_worker_exposure(ClusterConfig(worker=worker))
+    with pytest.raises(ConfigInvalid):
+        check_worker_exposure(ClusterConfig(worker=worker, security=SecurityConfig(tls_ca=files.ca)))
     check_worker_exposure(ClusterConfig(worker=worker, security=SecurityConfig(insecure=True)))
     mutual = SecurityConfig(tls_ca=files.ca, tls_cert=files.cert, tls_key=files.key)
     check_worker_exposure(ClusterConfig(worker=worker, security=mutual))
 
 
-def test_a_tls_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+async def test_a_tls_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "missing.pem"
     with pytest.raises(ConfigInvalid, match=r"missing\.pem"):
-        GrpcCredentials(SecurityConfig(tls_ca=missing, tls_cert=missing, tls_key=missing))
+        GrpcEndpoint(ClusterConfig(security=SecurityConfig(tls_ca=missing, tls_cert=missing, tls_key=missing)))
