@@ -1,0 +1,190 @@
+"""Pool, prefix index and block tables together: no operation loses a block, shares a wrong one or writes a shared one."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.block_tables import BlockTables, Table
+from engine.pool import BlockPool, PoolExhausted
+from engine.prefix_index import KeyChain, PrefixIndex
+from engine.protocol import KvEvicted, KvStored
+from kv_transfer.keys import HASH_BYTES, chain_hashes
+
+ROOT = bytes(32)
+
+
+def tokens_of(*values: int) -> array[int]:
+    return array("i", values)
+
+
+def chain(tokens: array[int], page_tokens: int = 16, given_units: int | None = None) -> KeyChain:
+    """`given_units`: how many keys came with the work; the others are chained on."""
+    hashes = chain_hashes(ROOT, tokens.tobytes())
+    return KeyChain(page_tokens, hashes if given_units is None else hashes[: given_units * HASH_BYTES], seed=9)
+
+
+@pytest.mark.parametrize("page_tokens", [16, 32, 64])
+@given(length=st.integers(16, 300), given_units=st.integers(1, 12))
+def test_page_keys_are_the_chained_keys_whatever_came_with_the_work(
+    page_tokens: int, length: int, given_units: int
+) -> None:
+    tokens = array("i", range(length))
+    pages = chain(tokens, page_tokens, given_units).pages(tokens, length // page_tokens)
+    units = page_tokens // 16 * (length // page_tokens)
+    assert b"".join(page.unit_keys for page in pages) == chain_hashes(ROOT, tokens.tobytes())[: units * HASH_BYTES]
+
+
+def test_without_a_key_there_is_nothing_to_look_up() -> None:
+    tokens = array("i", range(40))
+    assert KeyChain(16, b"", 9).pages(tokens, 2) == []
+
+
+def test_equal_keys_over_other_tokens_are_a_miss() -> None:
+    """A collision or a mix-up of keys must not give another prompt's KV."""
+    one, other = array("i", range(16)), array("i", range(100, 116))
+    index = PrefixIndex()
+    (page,) = chain(one).pages(one, 1)
+    index.store(5, page)
+    forged = KeyChain(16, chain_hashes(ROOT, one.tobytes()), seed=9)
+    assert index.lookup([page]) == [5]
+    assert index.lookup(forged.pages(other, 1)) == []
+
+
+def test_a_pool_gives_all_or_nothing_and_raises_the_generation_at_each_reuse() -> None:
+    pool = BlockPool(3)
+    blocks, _ = pool.allocate(2)
+    with pytest.raises(PoolExhausted):
+        pool.allocate(2)
+    assert pool.available == 1
+    before = [pool.generation(block) for block in blocks]
+    pool.release(blocks, [False, False])
+    again, _ = pool.allocate(3)
+    assert [pool.generation(block) for block in blocks] == [number + 1 for number in before]
+    assert sorted(again) == [0, 1, 2]
+
+
+def test_the_oldest_cached_block_goes_first_and_the_end_of_a_chain_before_its_beginning() -> None:
+    tables = BlockTables(BlockPool(6), 16)
+    first, second = array("i", range(48)), array("i", range(1000, 1048))
+    for tokens in (first, second):
+        table = tables.open(tokens, chain(tokens), 0, 0)
+        assert table is not None
+        tables.store(table, tokens, 48)
+        tables.close(table)
+    tables.take_news()
+    fresh = tables.open(array("i", range(5000, 5032)), chain(array("i", range(5000, 5032))), 0, 0)
+    assert fresh is not None
+    evicted = b"".join(news.block_hashes for news in tables.take_news() if isinstance(news, KvEvicted))
+    keys = chain_hashes(ROOT, first.tobytes())
+    assert {evicted[:HASH_BYTES], evicted[HASH_BYTES:]} == {keys[2 * HASH_BYTES :], keys[HASH_BYTES : 2 * HASH_BYTES]}
+    kept = tables.open(first, chain(first), 47, 0)
+    assert kept is not None
+    assert kept.stored == 1
+
+
+def test_a_shared_tail_is_copied_before_it_is_written_and_the_last_holder_writes_in_place() -> None:
+    tables = BlockTables(BlockPool(8), 16)
+    tokens = array("i", range(20))
+    table = tables.open(tokens, chain(tokens), 0, 0)
+    assert table is not None
+    fork = tables.fork(table)
+    assert not tables.has_room(fork, 20)
+    copy = tables.make_room(fork, 20)
+    assert copy is not None
+    assert (copy.source, copy.target) == (table.blocks[1], fork.blocks[1])
+    assert tables.has_room(fork, 20)
+    assert tables.has_room(table, 20)
+    assert not tables.has_room(table, 32)
+    assert tables.make_room(table, 32) is None
+    assert tables.leaked([table, fork]) == 0
+
+
+def test_a_table_that_would_eat_the_head_room_is_not_opened() -> None:
+    tables = BlockTables(BlockPool(4), 16)
+    tokens = array("i", range(48))
+    assert tables.open(tokens, chain(tokens), 0, 2) is None
+    assert tables.pool.available == 4
+    assert tables.open(tokens, chain(tokens), 0, 1) is not None
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Random tables over a small pool, with the content of each block kept beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = BlockTables(BlockPool(12), 16)
+        self.live: list[tuple[Table, array[int], int]] = []
+        self.content: dict[int, tuple[int, ...]] = {}  # what was last written to a block
+        self.indexed: set[bytes] = set()
+
+    @rule(prompt=st.integers(0, 2), length=st.integers(1, 70), computed=st.integers(0, 70))
+    def open(self, prompt: int, length: int, computed: int) -> None:
+        tokens = array("i", range(prompt * 1000, prompt * 1000 + length))
+        table = self.tables.open(tokens, chain(tokens), length - 1, 0)
+        if table is None:
+            return
+        for page in range(table.stored):
+            assert self.content[table.blocks[page]] == tuple(tokens[page * 16 : page * 16 + 16])
+        done = max(table.stored * 16, min(computed, length))
+        for page in range(table.stored, len(table.blocks)):
+            self.content[table.blocks[page]] = tuple(tokens[page * 16 : min(page * 16 + 16, done)])
+        self.tables.store(table, tokens, done)
+        self.live.append((table, tokens, done))
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 99))
+    def close(self, which: int) -> None:
+        table, _, _ = self.live.pop(which % len(self.live))
+        self.tables.close(table)
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 99), token=st.integers(0, 3))
+    def fork_and_write(self, which: int, token: int) -> None:
+        table, tokens, done = self.live[which % len(self.live)]
+        if done != len(tokens):
+            return
+        fork, longer = self.tables.fork(table), array("i", [*tokens, 9000 + token])
+        if not self.tables.has_room(fork, done):
+            try:
+                copy = self.tables.make_room(fork, done)
+            except PoolExhausted:
+                self.tables.close(fork)
+                return
+            if copy is not None:
+                self.content[copy.target] = self.content[copy.source]
+        block = fork.blocks[done // 16]
+        self.content[block] = (
+            (*self.content.get(block, ())[: done % 16], 9000 + token) if done % 16 else (9000 + token,)
+        )
+        self.tables.store(fork, longer, done + 1)
+        self.live.append((fork, longer, done + 1))
+
+    @rule()
+    def clear(self) -> None:
+        self.tables.clear_cached()
+
+    @invariant()
+    def nothing_is_lost_and_every_table_holds_its_own_tokens(self) -> None:
+        assert self.tables.leaked(table for table, _, _ in self.live) == 0
+        for table, tokens, done in self.live:
+            for page in range(done // 16):
+                assert self.content[table.blocks[page]] == tuple(tokens[page * 16 : page * 16 + 16])
+
+    @invariant()
+    def the_news_add_up_to_the_index(self) -> None:
+        for news in self.tables.take_news():
+            keys = [news.block_hashes[at : at + HASH_BYTES] for at in range(0, len(news.block_hashes), HASH_BYTES)]
+            if isinstance(news, KvStored):
+                assert not self.indexed & set(keys)
+                self.indexed.update(keys)
+            else:
+                assert self.indexed >= set(keys)
+                self.indexed.difference_update(keys)
+
+
+TestAnyOrder = AnyOrder.TestCase
