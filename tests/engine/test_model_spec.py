@@ -1,0 +1,203 @@
+"""The gate of models: what is refused, by which name; what config.json may look like; checkpoints that are not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.checkpoint import Checkpoint
+from engine.model_source import model_directory
+from engine.model_spec import FAMILIES, ModelSpec
+from engine.weights import WeightReader
+from pdserve.errors import ConfigInvalid, ModelUnsupported
+from tests.engine.rig import families, save_random
+
+BASE: dict[str, object] = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+
+
+def spec(changes: dict[str, object] | None = None, generation: dict[str, object] | None = None) -> ModelSpec:
+    return ModelSpec.of({**BASE, **(changes or {})}, generation or {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"model_type": None}, "None"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2}, "linear_attention"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused_by_name(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(ModelUnsupported, match=named):
+        spec(changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": "2"},
+        {"hidden_size": 2**30},
+        {"vocab_size": True},
+        {"num_key_value_heads": 3},
+        {"rms_norm_eps": 0},
+        {"rope_theta": -1.0},
+        {"rope_scaling": "llama3"},
+        {"tie_word_embeddings": "yes"},
+    ],
+)
+def test_nonsense_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigInvalid):
+        spec(changes)
+
+
+def test_every_family_is_told_apart_by_what_is_its_own() -> None:
+    read = {family: spec({"model_type": family, "sliding_window": None}) for family in FAMILIES}
+    assert [read[family].qkv_bias for family in FAMILIES] == [False, False, True, False]
+    assert [read[family].qk_norm for family in FAMILIES] == [False, False, False, True]
+    assert read["qwen3"].head_dim == 128
+    assert read["llama"].head_dim == 8
+
+
+def test_rope_is_read_in_both_forms() -> None:
+    assert spec({"rope_theta": 5e5, "rope_scaling": None}).rope_theta == 5e5
+    assert spec({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}).rope_theta == 1e6
+
+
+def test_end_tokens_are_those_of_the_generation_config_where_there_is_one() -> None:
+    assert spec({"eos_token_id": 2}).eos_token_ids == (2,)
+    assert spec({"eos_token_id": 2}, {"eos_token_id": [7, 9, 7]}).eos_token_ids == (7, 9)
+    with pytest.raises(ConfigInvalid):
+        spec({"eos_token_id": "end"})
+
+
+def test_a_sliding_window_is_exact_only_within_it() -> None:
+    windowed = spec({"model_type": "mistral", "sliding_window": 64})
+    assert windowed.context_limit(64) == 64
+    with pytest.raises(ModelUnsupported, match="sliding_window=64"):
+        windowed.context_limit(0)
+    unused = spec({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False})
+    assert unused.context_limit(0) == 128
+
+
+def test_a_context_beyond_the_models_own_is_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="129"):
+        spec().context_limit(129)
+
+
+def test_a_directory_without_a_usable_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="does not exist"):
+        ModelSpec.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigInvalid, match="cannot be read"):
+        ModelSpec.load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigInvalid, match="JSON object"):
+        ModelSpec.load(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "/no/such/dir", "../up", "a/b/c", "~/x"])
+def test_a_path_that_is_neither_a_directory_nor_a_hub_id_is_refused(path: str) -> None:
+    with pytest.raises(ConfigInvalid, match=r"model\.path"):
+        model_directory(path)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    save_random(families()["llama"], directory)
+    return directory
+
+
+def read(directory: Path, spec_of: Path) -> None:
+    with Checkpoint(directory) as checkpoint:
+        WeightReader(checkpoint, ModelSpec.load(spec_of), torch.float32, torch.device("cpu")).model()
+
+
+def changed(llama: Path, directory: Path, changes: dict[str, torch.Tensor | None]) -> Path:
+    """The checkpoint of `llama` with tensors replaced, added or (None) left out."""
+    with Checkpoint(llama) as checkpoint:
+        handle = checkpoint._handles[0]
+        tensors = {name: handle.get_tensor(name) for name in checkpoint.names()}
+    tensors.update({name: tensor for name, tensor in changes.items() if tensor is not None})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items() if changes.get(name, t) is not None},
+        directory / "model.safetensors",
+    )
+    return directory
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({NORM: None}, f"lacks the tensor '{NORM}'"),
+        ({NORM: torch.ones(5)}, "has shape"),
+        ({NORM: torch.ones(96, dtype=torch.int8)}, "dtype I8"),
+        ({"model.layers.9.extra.weight": torch.ones(3)}, "does not use"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(
+    llama: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None], told: str
+) -> None:
+    with pytest.raises((ConfigInvalid, ModelUnsupported), match=told):
+        read(changed(llama, tmp_path, changes), llama)
+
+
+def test_a_truncated_file_is_refused(llama: Path, tmp_path: Path) -> None:
+    whole = (llama / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigInvalid, match="not a whole safetensors file"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/model.safetensors", "weights.bin", "absent.safetensors"]
+)
+def test_an_index_names_only_files_beside_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ConfigInvalid):
+        Checkpoint(tmp_path)
+
+
+def test_pickled_weights_are_not_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ConfigInvalid, match="only safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_the_digest_depends_on_every_byte_and_on_nothing_else(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    assert Checkpoint(tmp_path).digest() == Checkpoint(llama).digest()
+    flipped = bytearray((llama / "model.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(flipped)
+    assert Checkpoint(tmp_path).digest() != Checkpoint(llama).digest()
