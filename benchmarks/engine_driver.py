@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from engine.native import NativeEngine
-
 from engine.protocol import Cancel, Dispatch, Event, LogprobRow, Sampling, StepTokens, Submit, Work, WorkFailed
 from kv_transfer.keys import chain_hashes
 from service_kit.config import EngineConfig, ModelConfig
