@@ -82,9 +82,7 @@ def get(http: httpx.Client, path: str) -> Record:
     try:
         return answer_of(http.get(path))
     except httpx.HTTPError as error:
-        raise Unavailable(
-            f"{http.base_url}{path.lstrip('/')} does not answer ({error}). See: pdserve status"
-        ) from error
+        raise _silent(http, path, error) from error
 
 
 def get_rows(http: httpx.Client, path: str) -> list[Record]:
@@ -104,9 +102,7 @@ def post(http: httpx.Client, path: str, body: dict[str, object], request_id: str
     try:
         return answer_of(http.post(path, json=body, headers=headers))
     except httpx.HTTPError as error:
-        raise Unavailable(
-            f"{http.base_url}{path.lstrip('/')} does not answer ({error}). See: pdserve status"
-        ) from error
+        raise _silent(http, path, error) from error
 
 
 def _silent(http: httpx.Client, path: str, error: httpx.HTTPError) -> Unavailable:

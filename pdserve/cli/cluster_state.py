@@ -45,6 +45,12 @@ def default_state_dir() -> Path:
     return Path(os.environ.get(STATE_DIR_VARIABLE) or DEFAULT_STATE_DIR)
 
 
+def next_command(arguments: str, state_dir: Path) -> str:
+    """`pdserve ARGUMENTS` as it must be typed to reach the cluster of `state_dir` from here."""
+    place = "" if state_dir.absolute() == default_state_dir().absolute() else f" --state-dir {state_dir}"
+    return f"pdserve {arguments}{place}"
+
+
 def read_state(state_dir: Path) -> ClusterState | None:
     """None where no cluster was started, or it ended as it should. The supervisor may be dead."""
     try:
@@ -62,7 +68,7 @@ def running_state(state_dir: Path) -> ClusterState:
     """Raises Unavailable where no cluster lives there."""
     state = read_state(state_dir)
     if state is None or not state.supervisor.alive():
-        raise Unavailable(f"No cluster runs in {state_dir}. Start one with: pdserve up --detach")
+        raise Unavailable(f"No cluster runs in {state_dir}. Start one with: {next_command('up --detach', state_dir)}")
     return state
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pdserve.cli.access import get, local_access
-from pdserve.cli.cluster_state import read_state
+from pdserve.cli.cluster_state import next_command, read_state
 from pdserve.cli.options import EXIT_CHECK_FAILED, EXIT_OK, Commands, command
 from pdserve.cli.preflight import Check, preflight
 from pdserve.cli.servers import read_config, require_servers
@@ -74,9 +74,9 @@ def _cluster(state_dir: Path) -> Check:
     try:
         state = read_state(state_dir)
         if state is None:
-            return Check("info", "cluster", "none runs here", "Start one: pdserve up --detach")
+            return Check("info", "cluster", "none runs here", f"Start one: {next_command('up --detach', state_dir)}")
         if not state.supervisor.alive():
-            return Check("warn", "cluster", "ended without cleaning up", "Run: pdserve down")
+            return Check("warn", "cluster", "ended without cleaning up", f"Run: {next_command('down', state_dir)}")
         with local_access(state_dir).http(timeout_s=5.0) as http:
             rows = get(http, "/api/v1/status").records("workers")
     except PdserveError as error:
@@ -86,5 +86,5 @@ def _cluster(state_dir: Path) -> Check:
     if leaked:
         return Check("fail", "cluster", f"{leaked} KV blocks leaked", "Please report this with the logs.")
     if lost:
-        return Check("warn", "cluster", f"not ready: {', '.join(lost)}", "See: pdserve status")
+        return Check("warn", "cluster", f"not ready: {', '.join(lost)}", f"See: {next_command('status', state_dir)}")
     return Check("ok", "cluster", f"{len(rows)} workers ready at {state.api_url}")

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pdserve.cli.access import get, local_access
-from pdserve.cli.cluster_state import ClusterState, read_state
+from pdserve.cli.cluster_state import ClusterState, next_command, read_state
 from pdserve.cli.options import EXIT_FAILED, EXIT_OK, Commands, command
 from pdserve.cli.terminal import Terminal
 from pdserve.errors import PdserveError
 from pdserve.local_process import LocalProcess, end_all, local_process, wait_gone
 
 GRACE_S = 40.0
+SILENT_S = 2.0  # of a drain, before it is told
 KILL_S = 10.0
 
 
@@ -29,11 +30,18 @@ def add(commands: Commands) -> None:
 def down(options: argparse.Namespace, terminal: Terminal) -> int:
     state = read_state(options.state_dir)
     if state is None:
-        terminal.say(f"No cluster runs in {options.state_dir}. Start one with: pdserve up --detach")
+        terminal.say(
+            f"No cluster runs in {options.state_dir}. Start one with: {next_command('up --detach', options.state_dir)}"
+        )
         terminal.result({"stopped": [], "left_over": []})
         return EXIT_OK
     everything = processes_of(state, options.state_dir)
     state.supervisor.send(signal.SIGTERM)
+    if not options.now and wait_gone([state.supervisor], min(SILENT_S, options.timeout)):
+        how = next_command("down --now", options.state_dir)
+        terminal.progress(
+            "info", "draining", f"running requests may end, {options.timeout:.0f} s at most; at once: {how}"
+        )
     left = _end(state.supervisor, everything, 0.0 if options.now else options.timeout)
     _forget(options.state_dir)
     if left:

@@ -27,7 +27,10 @@ def explain(options: argparse.Namespace, terminal: Terminal) -> int:
             if not rows:
                 raise NotFound("No request was served yet. Send one: pdserve chat 'What does json.loads do?'")
             request_id = rows[0].text("request_id")
-        timeline = get(http, f"/api/v1/requests/{request_id}")
+        try:
+            timeline = get(http, f"/api/v1/requests/{request_id}")
+        except NotFound as error:
+            raise NotFound(f"{error.message} The latest one: pdserve explain") from error
     terminal.result(timeline.plain())
     _summary(timeline, terminal)
     for decision in timeline.records("decisions"):

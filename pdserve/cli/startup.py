@@ -70,7 +70,7 @@ class Startup:
         if name not in self.ready_s:
             self._said_s = time.monotonic()
             self.ready_s[name] = self._elapsed()
-            self.terminal.line("ok", name, f"{seconds(self.ready_s[name]):>7}  {text}")
+            self.terminal.progress("ok", name, f"{seconds(self.ready_s[name]):>7}  {text}")
 
     def _check_supervisor(self) -> None:
         code = self.supervisor.poll()
@@ -92,7 +92,9 @@ class Startup:
         now = time.monotonic()
         if now - self._said_s >= TICK_S:
             self._said_s = now
-            self.terminal.line("info", "waiting", f"{seconds(self._elapsed()):>7}  for {', '.join(self._missing())}")
+            self.terminal.progress(
+                "info", "waiting", f"{seconds(self._elapsed()):>7}  for {', '.join(self._missing())}"
+            )
 
     def _missing(self) -> list[str]:
         state = read_state(self.state_dir)

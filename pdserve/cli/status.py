@@ -9,7 +9,9 @@ from pdserve.cli.cluster_state import ClusterState, read_state
 from pdserve.cli.options import EXIT_NOT_READY, EXIT_OK, Commands, access, command, reaching
 from pdserve.cli.record import Record
 from pdserve.cli.terminal import Terminal, size
+from pdserve.errors import Unavailable
 
+CONTROLLER = "controller"  # as its supervisor names it
 HEADINGS = (
     "WORKER",
     "ROLES",
@@ -31,9 +33,12 @@ def add(commands: Commands) -> None:
 
 def status(options: argparse.Namespace, terminal: Terminal) -> int:
     """Exit status 3 where no worker can take work."""
+    state = None if options.url or options.grpc else read_state(options.state_dir)
     with access(options).http(timeout_s=10.0) as http:
-        answer = get(http, "/api/v1/status")
-    state = None if options.url else read_state(options.state_dir)
+        try:
+            answer = get(http, "/api/v1/status")
+        except Unavailable as error:
+            raise _silence(state, error) from error
     processes = _processes(state) if state is not None else []
     terminal.result({**answer.plain(), "processes": processes})
     show(answer, terminal)
@@ -42,6 +47,15 @@ def status(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.line("warn", str(row["name"]), f"restarts after exit status {row['last_exit']}, see {row['log']}")
     ready = any(row.text("state") == "READY" for row in answer.records("workers"))
     return EXIT_OK if ready else EXIT_NOT_READY
+
+
+def _silence(state: ClusterState | None, error: Unavailable) -> Unavailable:
+    """Why a local controller does not answer, as far as its supervisor knows."""
+    row = next((row for row in state.processes if row.name == CONTROLLER), None) if state is not None else None
+    if row is None:
+        return error
+    died = f", which died with status {row.last_exit}," if row.last_exit is not None else ""
+    return Unavailable(f"The controller{died} is starting. Try again in a moment; its log: {row.log}")
 
 
 def show(answer: Record, terminal: Terminal) -> None:

@@ -1,4 +1,4 @@
-"""Owns what commands print: text for people, or one JSON object with everything else on stderr. NO_COLOR is honoured."""
+"""Owns what commands print: text for people, or JSON objects, with progress and errors on stderr. NO_COLOR is honoured."""
 
 from __future__ import annotations
 
@@ -27,20 +27,24 @@ class Terminal:
         self._unicode = (getattr(self._people, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
     def say(self, text: str = "") -> None:
-        """For people: stdout, or stderr where stdout carries JSON."""
-        self._people.write(self._plain(text) + "\n")
-        self._people.flush()
+        """A result for people; nothing in JSON form, which holds it in its object."""
+        self.write(text + "\n")
 
     def write(self, text: str) -> None:
         """Like `say`, without a line's end: streamed text."""
-        self._people.write(self._plain(text))
-        self._people.flush()
+        if self.form == "text":
+            self._show(text)
 
     def line(self, mark: Mark, name: str, text: str) -> None:
-        """One marked line of a list: preflight, progress, checks."""
+        """One marked line of a result: a check."""
+        if self.form == "text":
+            self.progress(mark, name, text)
+
+    def progress(self, mark: Mark, name: str, text: str) -> None:
+        """One marked line about work under way: on stderr where stdout carries JSON."""
         symbol, colour = _MARKS[mark]
         shown = self.paint(symbol, colour) if self._unicode else _ASCII[mark]
-        self.say(f"  {shown} {name:<12} {text}")
+        self._show(f"  {shown} {name:<12} {text}\n")
 
     def result(self, value: Mapping[str, object]) -> None:
         """The one JSON object of a command; nothing in text form."""
@@ -64,6 +68,10 @@ class Terminal:
     @property
     def interactive(self) -> bool:
         return self._people.isatty()
+
+    def _show(self, text: str) -> None:
+        self._people.write(self._plain(text))
+        self._people.flush()
 
     def _plain(self, text: str) -> str:
         if self._unicode:

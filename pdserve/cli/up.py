@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from pdserve.cli.access import Access, get
-from pdserve.cli.cluster_state import ClusterState, running_state
+from pdserve.cli.cluster_state import ClusterState, next_command, running_state
 from pdserve.cli.down import end_cluster
 from pdserve.cli.first_answer import FirstAnswer, first_answer
 from pdserve.cli.options import EXIT_NOT_READY, EXIT_OK, Commands, command
@@ -28,6 +28,7 @@ from pdserve.cli.terminal import Terminal, seconds
 from pdserve.errors import PdserveError, Unavailable
 
 START_MARGIN_S = 60.0  # beyond the engine's own deadline
+LOOK_S = 0.2  # between looks for a signal, in the foreground
 POOLS = ("prefill", "decode", "both")
 
 
@@ -57,7 +58,7 @@ def up(options: argparse.Namespace, terminal: Terminal) -> int:
     config = read_config(options.config, sets)
     model = config.record("model").text("path")
     if not Path(model).is_dir() and "/" in model and not model.startswith((".", "/", "~")):
-        terminal.line("info", "model", f"fetching {model}")
+        terminal.progress("info", "model", f"fetching {model}")
         sets += [f"model.path={fetch_model(model)}", f"model.served_name={_served_name(config, model)}"]
         config = read_config(options.config, sets)
     if not _checked(config, terminal):
@@ -81,7 +82,7 @@ def _start(options: argparse.Namespace, sets: list[str], config: Record, termina
         _tell(options, access, answer, startup, terminal)
         if options.detach:
             return EXIT_OK
-        return _stay(supervisor, terminal)
+        return _stay(supervisor, asked, terminal)
 
 
 def _give_up(
@@ -92,20 +93,33 @@ def _give_up(
         supervisor.terminate()
     left = end_cluster(state_dir, supervisor, grace_s=10.0)
     if left:
-        terminal.line("fail", "left over", f"processes {', '.join(map(str, left))}")
+        terminal.progress("fail", "left over", f"processes {', '.join(map(str, left))}")
     if asked:
-        terminal.line("ok", "stopped", "nothing left over")
+        terminal.progress("ok", "stopped", "nothing left over")
         return EXIT_NOT_READY
     raise error
 
 
-def _stay(supervisor: subprocess.Popen[bytes], terminal: Terminal) -> int:
-    """Foreground: until Ctrl-C, or until the supervisor ends."""
-    code = supervisor.wait()
+def _stay(supervisor: subprocess.Popen[bytes], asked: list[int], terminal: Terminal) -> int:
+    """Foreground: until Ctrl-C, or until the supervisor ends. asked: the signals that came, added to by their handler."""
+    told = 0
+    while (code := _exit_status(supervisor, LOOK_S)) is None:
+        if len(asked) > told:
+            terminal.progress(
+                "info", "stopping", "at once" if told else "running requests may end; Ctrl-C stops at once"
+            )
+            told = len(asked)
     if code != 0:
         raise Unavailable(f"The supervisor ended with status {code}. See its log, then: pdserve up")
-    terminal.line("ok", "stopped", "nothing left over")
+    terminal.progress("ok", "stopped", "nothing left over")
     return EXIT_OK
+
+
+def _exit_status(supervisor: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+    try:
+        return supervisor.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 @contextmanager
@@ -135,7 +149,7 @@ def _terminate_at_end_of_stdin() -> None:
 def _checked(config: Record, terminal: Terminal) -> bool:
     checks = preflight(config)
     for check in checks:
-        terminal.line(check.mark, check.name, check.text + (f". {check.remedy}" if check.remedy else ""))
+        terminal.progress(check.mark, check.name, check.text + (f". {check.remedy}" if check.remedy else ""))
     failed = [check for check in checks if check.mark == "fail"]
     if failed:
         terminal.error("not_ready", f"{failed[0].name}: {failed[0].text}. {failed[0].remedy}")
@@ -146,7 +160,7 @@ def _tell(
     options: argparse.Namespace, access: Access, answer: FirstAnswer, startup: Startup, terminal: Terminal
 ) -> None:
     total_s = time.monotonic() - startup.began_s
-    terminal.line("ok", "answer", f"{seconds(answer.total_s):>7}  {answer.path}")
+    terminal.progress("ok", "answer", f"{seconds(answer.total_s):>7}  {answer.path}")
     terminal.say()
     terminal.say(_indented(f"{answer.text.rstrip()}"))
     terminal.say()
@@ -158,8 +172,9 @@ def _tell(
     terminal.say()
     terminal.say(_indented(python_snippet(access, answer.model)))
     terminal.say()
-    how = "pdserve down" if options.detach else "Ctrl-C (drains; twice stops at once)"
-    terminal.say(f"  Stop with: {how}. Logs: {options.state_dir / 'logs'}. More: pdserve status, pdserve chat")
+    stop, chat = (next_command(name, options.state_dir) for name in ("down", "chat"))
+    terminal.say(f"  Talk to it: {chat}. Logs: {options.state_dir / 'logs'}")
+    terminal.say(f"  Stop it: {stop if options.detach else 'Ctrl-C (drains; twice stops at once)'}")
     terminal.result(_result(running_state(options.state_dir), options.state_dir, answer, startup, total_s))
 
 
@@ -184,9 +199,10 @@ def _say_running(state_dir: Path, access: Access, terminal: Terminal) -> int:
         with access.http(timeout_s=5.0) as http:
             workers = [row.text("id") for row in get(http, "/api/v1/status").records("workers")]
     except PdserveError as error:
-        terminal.line("warn", "api", str(error))
+        terminal.progress("warn", "api", str(error))
     terminal.say(f"A cluster runs already: {access.api_url} with {', '.join(workers) or 'no worker yet'}.")
-    terminal.say("Look: pdserve status. End it: pdserve down.")
+    look, end = (next_command(name, state_dir) for name in ("status", "down"))
+    terminal.say(f"Look: {look}. End it: {end}")
     terminal.result(
         {
             "already_running": True,

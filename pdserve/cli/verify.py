@@ -7,9 +7,10 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import TypedDict
 
 import httpx
 
@@ -55,13 +56,24 @@ class Verdict:
     differences: list[str] = field(default_factory=list)
 
 
+class Totals(TypedDict):
+    """Of all paths, as `verify -o json` gives it."""
+
+    transports: list[str]
+    requests: int
+    tokens: int
+    max_logprob_difference: float
+
+
 def add(commands: Commands) -> None:
     parser = command(commands, "verify", "compare prefill/decode pairs with one undisaggregated worker", verify)
     reaching(parser)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="X", help="of log-probabilities")
     parser.add_argument("--max-tokens", type=int, default=16, metavar="N", help="output tokens of each request")
     parser.add_argument("--pairs", type=int, default=2, metavar="N", help="prefill/decode pairs per transport")
-    parser.add_argument("--transport", default="", metavar="T", help="this one only (default: all that workers offer)")
+    parser.add_argument(
+        "--transport", choices=TRANSPORTS, default="", help="this one only (default: all that workers offer)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the random prompts")
 
 
@@ -76,18 +88,23 @@ def verify(options: argparse.Namespace, terminal: Terminal) -> int:
         verdicts = asyncio.run(_Verification(reached, http, options).run(reference, paths, planned, terminal))
     failed = [verdict for verdict in verdicts if verdict.differences]
     _show(verdicts, options.tolerance, time.monotonic() - began_s, terminal)
+    totals = _totals(paths, verdicts)
     terminal.result(
         {
             "equal": not failed,
             "tolerance": options.tolerance,
             "reference": reference.name,
-            "transports": sorted({path.route.transport for path in paths}),
+            **totals,
             "routes": [_plain(verdict) for verdict in verdicts],
         }
     )
     if failed:
-        terminal.say(f"Not equal. First: {failed[0].differences[0]}. See: pdserve explain REQUEST")
+        terminal.say(f"NOT EQUAL: {failed[0].differences[0]}. See: pdserve explain REQUEST")
         return EXIT_CHECK_FAILED
+    terminal.say(
+        f"Equal: {totals['tokens']} token ids of {totals['requests']} requests over {' and '.join(totals['transports'])}; "
+        f"largest difference of a log-probability {totals['max_logprob_difference']:.1e}, allowed {options.tolerance:g}."
+    )
     return EXIT_OK
 
 
@@ -102,13 +119,7 @@ def plan(status: Record, transport: str, pairs: int) -> tuple[Path, list[Path]]:
         Path(Route(one.text("id"), other.text("id"), name))
         for name in (TRANSPORTS if not transport else (transport,))
         for one, other in itertools.islice(
-            (
-                (p, d)
-                for p in prefill
-                for d in decode
-                if p.text("id") != d.text("id") and name in _offered(p) & _offered(d)
-            ),
-            pairs,
+            (pair for pair in _pairs(prefill, decode) if name in _offered(pair[0]) & _offered(pair[1])), pairs
         )
     ]
     if not found:
@@ -116,6 +127,15 @@ def plan(status: Record, transport: str, pairs: int) -> tuple[Path, list[Path]]:
             f"No prefill/decode pair offers {transport or 'a transport'}. Two workers are needed: pdserve up"
         )
     return Path(Route("", decode[0].text("id"))), found
+
+
+def _pairs(prefill: Sequence[Record], decode: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
+    """All pairs of two workers; the first ones have as many different workers as there are."""
+    for shift in range(len(decode)):
+        for number, one in enumerate(prefill):
+            other = decode[(number + shift) % len(decode)]
+            if one.text("id") != other.text("id"):
+                yield one, other
 
 
 def _offered(row: Record) -> set[str]:
@@ -148,7 +168,7 @@ class _Verification:
         verdicts: dict[tuple[str, str], Verdict] = {}
         async with AsyncClient(reached.grpc_address, reached.api_key, tls) as client:
             expected = await asyncio.gather(*(self._generate(client, reference, 0, case) for case in planned))
-            terminal.line("ok", "reference", f"{len(planned)} requests to {reference.name}")
+            terminal.progress("ok", "reference", f"{len(planned)} requests to {reference.name}")
             for number, path in enumerate(paths, 1):
                 began_s = time.monotonic()
                 await asyncio.gather(
@@ -158,7 +178,9 @@ class _Verification:
                     )
                 )
                 bad = any(verdict.differences for verdict in verdicts.values() if verdict.path == path.name)
-                terminal.line("fail" if bad else "ok", "route", f"{path.name} in {seconds(time.monotonic() - began_s)}")
+                terminal.progress(
+                    "fail" if bad else "ok", "route", f"{path.name} in {seconds(time.monotonic() - began_s)}"
+                )
         return list(verdicts.values())
 
     async def _judge(
@@ -222,8 +244,17 @@ def _show(verdicts: Sequence[Verdict], tolerance: float, total_s: float, termina
         )
         for one in verdicts
     ]  # fmt: skip
-    terminal.table(("ROUTE", "SAMPLING", "REQUESTS", "TOKENS", "KV MOVED", "LOGPROB ERROR", "VERDICT"), rows)
+    terminal.table(("ROUTE", "SAMPLING", "REQUESTS", "TOKENS", "KV MOVED", "MAX LOGPROB DIFF", "VERDICT"), rows)
     terminal.say(f"Token ids must be equal, log-probabilities within {tolerance:g}. {total_s:.1f} s")
+
+
+def _totals(paths: Sequence[Path], verdicts: Sequence[Verdict]) -> Totals:
+    return {
+        "transports": sorted({path.route.transport for path in paths}),
+        "requests": sum(one.requests for one in verdicts),
+        "tokens": sum(one.tokens for one in verdicts),
+        "max_logprob_difference": max((one.logprob_error for one in verdicts), default=0.0),
+    }
 
 
 def _plain(verdict: Verdict) -> dict[str, object]:
@@ -233,6 +264,6 @@ def _plain(verdict: Verdict) -> dict[str, object]:
         "requests": verdict.requests,
         "tokens": verdict.tokens,
         "kv_bytes": verdict.kv_bytes,
-        "logprob_error": verdict.logprob_error,
+        "max_logprob_difference": verdict.logprob_error,
         "differences": verdict.differences[:20],
     }
