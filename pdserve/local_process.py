@@ -37,6 +37,13 @@ def local_process(pid: int) -> LocalProcess:
     return LocalProcess(pid, found[1] if found is not None else 0)
 
 
+def children_of(parents: Iterable[LocalProcess]) -> list[LocalProcess]:
+    """Live processes whose parent is one of `parents`."""
+    pids = {parent.pid for parent in parents if parent.alive()}
+    found = [local_process(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [one for one in found if one.alive() and _parent(one.pid) in pids]
+
+
 def wait_gone(processes: Iterable[LocalProcess], deadline_s: float) -> list[LocalProcess]:
     """Waits until all have ended; returns those that have not at the deadline."""
     end = time.monotonic() + deadline_s
@@ -55,10 +62,20 @@ def end_all(processes: Iterable[LocalProcess], deadline_s: float) -> list[LocalP
     return wait_gone(found, deadline_s)
 
 
+def _parent(pid: int) -> int | None:
+    fields = _fields(pid)
+    return int(fields[1]) if fields is not None else None
+
+
 def _stat(pid: int) -> tuple[str, int] | None:
     """(state letter, start time in ticks)."""
+    fields = _fields(pid)
+    return (fields[0], int(fields[19])) if fields is not None else None
+
+
+def _fields(pid: int) -> list[str] | None:
+    """Of /proc/PID/stat, from the state letter on (number 3 in proc(5))."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return fields[0], int(fields[19])

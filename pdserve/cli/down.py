@@ -6,15 +6,12 @@ import argparse
 import fcntl
 import signal
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 
-from pdserve.cli.access import get, local_access
 from pdserve.cli.cluster_state import ClusterState, next_command, read_state
 from pdserve.cli.options import EXIT_FAILED, EXIT_OK, Commands, command
 from pdserve.cli.terminal import Terminal
-from pdserve.errors import PdserveError
-from pdserve.local_process import LocalProcess, end_all, local_process, wait_gone
+from pdserve.local_process import LocalProcess, children_of, end_all, local_process, wait_gone
 
 GRACE_S = 40.0
 SILENT_S = 2.0  # of a drain, before it is told
@@ -35,7 +32,7 @@ def down(options: argparse.Namespace, terminal: Terminal) -> int:
         )
         terminal.result({"stopped": [], "left_over": []})
         return EXIT_OK
-    everything = processes_of(state, options.state_dir)
+    everything = processes_of(state)
     state.supervisor.send(signal.SIGTERM)
     if not options.now and wait_gone([state.supervisor], min(SILENT_S, options.timeout)):
         how = next_command("down --now", options.state_dir)
@@ -55,27 +52,17 @@ def down(options: argparse.Namespace, terminal: Terminal) -> int:
 def end_cluster(state_dir: Path, supervisor: subprocess.Popen[bytes], grace_s: float) -> list[int]:
     """Waits for a supervisor that was told to stop, kills what does not; pids that are left. For `up`, its parent."""
     state = read_state(state_dir)
-    everything = processes_of(state, state_dir) if state is not None else [local_process(supervisor.pid)]
+    everything = processes_of(state) if state is not None else [local_process(supervisor.pid)]
     left = _end(everything[0], everything, grace_s)
     supervisor.wait(KILL_S)
     _forget(state_dir)
     return [one.pid for one in left]
 
 
-def processes_of(state: ClusterState, state_dir: Path) -> list[LocalProcess]:
-    """Supervisor first, its children, and the engine processes, which only their workers know."""
+def processes_of(state: ClusterState) -> list[LocalProcess]:
+    """Supervisor first, its children, and their children: the workers' engine processes."""
     known = state.pids()
-    return [*known, *(one for one in _engines(state_dir) if one.pid not in {each.pid for each in known})]
-
-
-def _engines(state_dir: Path) -> Iterable[LocalProcess]:
-    try:
-        with local_access(state_dir).http(timeout_s=2.0) as http:
-            rows = get(http, "/api/v1/status").records("workers")
-    except PdserveError:
-        return []  # the controller is gone; its workers' engines end with them
-    found = [local_process(row.integer("engine_pid")) for row in rows if row.text("state") != "GONE"]
-    return [one for one in found if one.alive()]
+    return [*known, *children_of(known[1:])]
 
 
 def _end(supervisor: LocalProcess, everything: list[LocalProcess], grace_s: float) -> list[LocalProcess]:
