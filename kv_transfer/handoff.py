@@ -264,8 +264,10 @@ class Handoff:
             await self._close_link()
 
     async def _close_link(self) -> None:
-        if self._link is not None and not self._link.connection.closed:
-            _log.warning("kv_link_closed", endpoint=self._order.grant.endpoint.address, silent=self._silent)
+        if self._link is not None:
+            if not self._link.connection.closed:
+                _log.warning("kv_link_closed", endpoint=self._order.grant.endpoint.address, silent=self._silent)
+            # Also where the peer closed it first: only a close on this side lets go of sends that do not end.
             await self._link.connection.close()
 
     def _put(self, request: handoff_pb2.HandoffRequest) -> None:
