@@ -68,8 +68,10 @@ def _read_tree(path: Path) -> Tree:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigInvalid(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no configuration is.")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigInvalid(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigInvalid(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigInvalid(f"{path}: is no UTF-8 text: {error}") from error
     parsed = _parse_yaml(text, str(path))
     if parsed is None:
         return {}

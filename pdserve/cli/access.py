@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -15,6 +15,7 @@ from pdserve.errors import InternalError, PdserveError, Unavailable, error_from_
 
 KEY_VARIABLES = ("PDSERVE_API_KEY", "PDSERVE_API_KEYS")
 CONNECT_S = 5.0
+STATUS_PATH = "/api/v1/status"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,5 +106,14 @@ def post(http: httpx.Client, path: str, body: dict[str, object], request_id: str
         raise _silent(http, path, error) from error
 
 
+def reaching_grpc(access: Access) -> Access:
+    """With the gRPC address that the API tells, where none was given. Raises like `get`."""
+    if access.grpc_address:
+        return access
+    with access.http(CONNECT_S) as http:
+        return replace(access, grpc_address=get(http, STATUS_PATH).text("grpc_address"))
+
+
 def _silent(http: httpx.Client, path: str, error: httpx.HTTPError) -> Unavailable:
-    return Unavailable(f"{str(http.base_url).rstrip('/')}{path} does not answer ({error}). See: pdserve status")
+    look = "doctor" if path == STATUS_PATH else "status"
+    return Unavailable(f"{str(http.base_url).rstrip('/')}{path} does not answer ({error}). See: pdserve {look}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from pdserve.cli.access import Access, post
+from pdserve.cli.access import Access, post, reaching_grpc
 from pdserve.cli.options import EXIT_CHECK_FAILED, EXIT_OK, Commands, access, command, reaching
 from pdserve.cli.terminal import Terminal, seconds
 from pdserve.cli.verify_cases import TEXTS
@@ -50,7 +50,7 @@ def add(commands: Commands) -> None:
 
 def bench(options: argparse.Namespace, terminal: Terminal) -> int:
     """Exit status 4 where a request failed."""
-    reached = access(options)
+    reached = reaching_grpc(access(options))
     load = Load(options.concurrency, options.requests, options.prompt_tokens, options.max_tokens)
     vocabulary = _vocabulary(reached)
     began_s = time.monotonic()

@@ -55,7 +55,7 @@ def read_state(state_dir: Path) -> ClusterState | None:
     """None where no cluster was started, or it ended as it should. The supervisor may be dead."""
     try:
         record = Record.parse((state_dir / "cluster.json").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except InternalError as error:
         raise InternalError(f"{state_dir / 'cluster.json'}: {error.message}. Remove it if no cluster runs.") from error

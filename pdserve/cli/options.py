@@ -10,6 +10,7 @@ from typing import Protocol
 from pdserve.cli.access import Access, api_key_from_environment, local_access
 from pdserve.cli.cluster_state import default_state_dir
 from pdserve.cli.terminal import Terminal
+from pdserve.errors import InvalidRequest
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -48,7 +49,11 @@ def reaching(parser: argparse.ArgumentParser) -> None:
 
 
 def access(options: argparse.Namespace) -> Access:
-    """Raises Unavailable where no cluster is named and none runs here."""
-    if options.url or options.grpc:
+    """Raises Unavailable where no cluster is named and none runs here, InvalidRequest where half of one is named."""
+    if options.grpc and not options.url:
+        raise InvalidRequest("--grpc needs --url too: the HTTP API of the same cluster.")
+    if options.url and not options.url.startswith(("http://", "https://")):
+        raise InvalidRequest(f"--url {options.url} must begin with http:// or https://.")
+    if options.url:
         return Access(options.url, options.grpc, api_key_from_environment(), options.ca)
     return local_access(options.state_dir)

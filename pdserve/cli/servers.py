@@ -47,10 +47,16 @@ def fetch_model(hub_id: str) -> str:
 
 
 def start_supervisor(config: Path | None, sets: Sequence[str], log: Path, *, tied: bool) -> subprocess.Popen[bytes]:
-    """In a session of its own. tied: it dies with this process (foreground)."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    """In a session of its own. tied: it dies with this process (foreground). Raises ConfigInvalid where `log` cannot be written."""
     command = [*_supervisor(config, sets), "--parent-pid", str(os.getpid() if tied else 0)]
-    with log.open("wb") as output:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("wb")
+    except OSError as error:
+        raise ConfigInvalid(
+            f"state_dir: {log} cannot be written: {error.strerror}. Choose another: pdserve up --state-dir DIR"
+        ) from error
+    with output:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
 
 

@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
 
 def status(options: argparse.Namespace, terminal: Terminal) -> int:
     """Exit status 3 where no worker can take work."""
-    state = None if options.url or options.grpc else read_state(options.state_dir)
+    state = None if options.url else read_state(options.state_dir)
     with access(options).http(timeout_s=10.0) as http:
         try:
             answer = get(http, "/api/v1/status")

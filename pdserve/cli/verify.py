@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import httpx
 
-from pdserve.cli.access import Access, get, post
+from pdserve.cli.access import Access, get, post, reaching_grpc
 from pdserve.cli.options import EXIT_CHECK_FAILED, EXIT_OK, Commands, access, command, reaching
 from pdserve.cli.record import Record
 from pdserve.cli.terminal import Terminal, seconds, size
@@ -79,7 +79,7 @@ def add(commands: Commands) -> None:
 
 def verify(options: argparse.Namespace, terminal: Terminal) -> int:
     began_s = time.monotonic()
-    reached = access(options)
+    reached = reaching_grpc(access(options))
     with reached.http(REQUEST_S) as http:
         status = get(http, "/api/v1/status")
         reference, paths = plan(status, options.transport, options.pairs)

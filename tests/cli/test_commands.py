@@ -90,3 +90,27 @@ def test_json_goes_to_stdout_alone_and_is_one_object(tmp_path: Path) -> None:
 def test_no_colour_is_written_where_nobody_looks_or_no_color_is_set(tmp_path: Path) -> None:
     for answer in (run("doctor", state_dir=tmp_path), run("doctor", state_dir=tmp_path, NO_COLOR="1")):
         assert "\x1b[" not in answer.stdout + answer.stderr
+
+
+def test_a_state_directory_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    answer = run("up", "--detach", "--port", "0", state_dir=tmp_path / "file" / "state")
+    assert answer.returncode == 2
+    assert "state_dir" in answer.stderr
+    assert "--state-dir DIR" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("flags", [("--grpc", "127.0.0.1:1"), ("--url", "127.0.0.1:1")])
+@pytest.mark.parametrize("command", ["bench", "verify", "status"])
+def test_half_an_address_of_a_cluster_elsewhere_is_wrong_usage(command: str, flags: tuple[str, str]) -> None:
+    answer = run(command, *flags)
+    assert answer.returncode == 2
+    assert "--url" in answer.stderr
+
+
+@pytest.mark.parametrize("command", ["bench", "verify", "status", "top"])
+def test_a_silent_cluster_elsewhere_is_not_ready(command: str) -> None:
+    answer = run(command, "--url", "http://127.0.0.1:1")
+    assert answer.returncode == 3
+    assert "pdserve doctor" in answer.stderr
