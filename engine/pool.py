@@ -53,7 +53,8 @@ class BlockPool:
             self._references[block] = 1
             self._generations[block] += 1
             blocks.append(block)
-        return blocks, evicted
+        # Eviction gives chains from their end; in order, neighbours travel in one message of a hand-off.
+        return sorted(blocks), evicted
 
     def share(self, blocks: Iterable[int]) -> None:
         """Adds one reference to each block, held or cached."""
