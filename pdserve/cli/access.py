@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 
 import httpx
@@ -73,7 +74,8 @@ def answer_of(response: httpx.Response) -> Record:
 def error_of(status: int, body: bytes) -> PdserveError:
     try:
         error = Record.parse(body).record("error")
-        return error_from_reason(error.text("code"), error.text("message"))
+        hint = f" Here: set {KEY_VARIABLES[0]}." if status == HTTPStatus.UNAUTHORIZED else ""
+        return error_from_reason(error.text("code"), error.text("message") + hint)
     except InternalError:
         return InternalError(f"HTTP {status}: {body[:300].decode(errors='replace')}")
 

@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
 def bench(options: argparse.Namespace, terminal: Terminal) -> int:
     """Exit status 4 where a request failed."""
     reached = reaching_grpc(access(options))
-    load = Load(options.concurrency, options.requests, options.prompt_tokens, options.max_tokens)
+    load = Load(min(options.concurrency, options.requests), options.requests, options.prompt_tokens, options.max_tokens)
     vocabulary = _vocabulary(reached)
     began_s = time.monotonic()
     measured = asyncio.run(_run(reached, load, vocabulary, Random(options.seed)))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 from pdserve.cli.access import Access
+
+_EXPORT = 'export PDSERVE_API_KEY="${PDSERVE_API_KEYS%%,*}"'  # the servers' variable may hold several
 
 
 def shell_snippet(access: Access, model: str) -> str:
     key = ' -H "Authorization: Bearer $PDSERVE_API_KEY"' if access.api_key else ""
+    export = f"{_EXPORT}\n" if access.api_key and not os.environ.get("PDSERVE_API_KEY") else ""
     trusted = f" --cacert {access.trusted_pem}" if access.trusted_pem else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What does json.loads do?"}}], "max_tokens": 64}}'
-    return (
-        f"curl{trusted} {access.api_url}/v1/chat/completions{key} \\\n  -H 'Content-Type: application/json' -d '{body}'"
-    )
+    return f"{export}curl{trusted} {access.api_url}/v1/chat/completions{key} \\\n  -H 'Content-Type: application/json' -d '{body}'"
 
 
 def python_snippet(access: Access, model: str) -> str:

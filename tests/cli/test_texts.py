@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from pdserve.cli import up
+from pdserve.cli.access import Access, error_of
 from pdserve.cli.cluster_state import next_command
 from pdserve.cli.first_answer import path_of
 from pdserve.cli.main import exit_code
 from pdserve.cli.record import Record
+from pdserve.cli.snippets import python_snippet, shell_snippet
 from pdserve.cli.sse import events
 from pdserve.cli.terminal import Form, Terminal, seconds, size
 from pdserve.errors import (
@@ -175,3 +177,22 @@ def test_a_stream_that_breaks_off_is_an_error() -> None:
 def test_a_record_refuses_fields_of_another_type(field: str, getter: str) -> None:
     with pytest.raises(InternalError, match=field):
         getattr(Record({"a": 1, "b": "x"}), getter)(field)
+
+
+def test_a_refused_key_names_the_variable_to_set() -> None:
+    body = b'{"error": {"message": "No valid API key.", "type": "x", "param": null, "code": "invalid_api_key"}}'
+    assert "PDSERVE_API_KEY" in error_of(401, body).message
+    assert error_of(404, body).message == "No valid API key."
+    assert "HTTP 502" in error_of(502, b"<html>").message
+
+
+def test_the_curl_example_sets_the_key_where_only_the_servers_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PDSERVE_API_KEY", raising=False)
+    keyed = Access("http://127.0.0.1:1", "127.0.0.1:2", "secret-key")
+    assert shell_snippet(keyed, "m").startswith("export PDSERVE_API_KEY=")
+    monkeypatch.setenv("PDSERVE_API_KEY", "secret-key")
+    for text in (shell_snippet(keyed, "m"), python_snippet(keyed, "m")):
+        assert "PDSERVE_API_KEY" in text
+        assert "secret-key" not in text
+    compile(python_snippet(keyed, "m"), "snippet", "exec")
+    assert "Bearer" not in shell_snippet(Access("http://127.0.0.1:1", "127.0.0.1:2"), "m")
