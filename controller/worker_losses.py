@@ -21,6 +21,7 @@ class WorkerLosses:
 
     def lost(self, worker_id: str, error: WorkerLost) -> None:
         now = self._clock()
+        counted: set[tuple[int, int]] = set()  # (request key, choice): one death counts once
         for dispatch in self._table.at(worker_id):
             live = dispatch.live
             if not self._table.holds(dispatch):
@@ -31,6 +32,8 @@ class WorkerLosses:
                 continue
             side = dispatch.side_of(worker_id)
             for choice in sorted(dispatch.open):
+                if side == "prefill":
+                    counted.add((live.key, choice))
                 live.apply(choice, Lost(dispatch.attempt, side, error), now)
             if live.wants.requeue:
                 live.migration = "prefill_lost" if side == "prefill" else "decode_lost"
@@ -38,6 +41,8 @@ class WorkerLosses:
             self._table.leave(dispatch, worker_id)
         for suspect in self._table.take_suspects(worker_id, now):
             for choice in suspect.choices:
+                if (suspect.live.key, choice) in counted:
+                    continue
                 suspect.live.apply(choice, Lost(suspect.attempt, "prefill", error), now)
             self._dispatcher.settle(suspect.live, now, error)
         self._dispatcher.pump()

@@ -268,6 +268,22 @@ async def test_a_split_prompt_that_kills_two_prefill_workers_is_quarantined() ->
         await twin.until(twin.idle, "idle")
 
 
+async def test_one_death_counts_once_though_it_cost_a_request_two_attempts() -> None:
+    """The decode worker tells of the broken hand-off first; the next attempt still goes to the dying worker."""
+    async with cluster() as twin:
+        await twin.add(twin.twin("p0", PREFILL))
+        for name in ("d0", "d1"):
+            await twin.add(twin.twin(name, DECODE))
+        twin.workers["p0"].faults.fail_prefills = 1
+        twin.workers["p0"].faults.die_at_prefill = True
+        request = asked(20)
+        assert (await twin.collect(request)).token_ids == expected(20)
+        timeline = twin.desk.request(request.request_id)
+        assert timeline is not None
+        assert [attempt.prefill_worker for attempt in timeline.attempts][:2] == ["p0", "p0"]
+        assert timeline.attempts[-1].outcome == "finished"
+
+
 async def test_text_and_stop_strings_survive_a_loss() -> None:
     async with cluster() as twin:
         await twin.square()

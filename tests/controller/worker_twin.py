@@ -270,12 +270,12 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
     async def _prefill(self, command: worker_pb2.Prefill) -> None:
         work, name = command.work, _name(command.work.dispatch)
         self._started(work)
-        if self.faults.die_at_prefill:
-            self._die()
-            return
         if self.faults.fail_prefills > 0:
             self.faults.fail_prefills -= 1
             self._failed(work, self.faults.fail_reason)
+            return
+        if self.faults.die_at_prefill:
+            self._die()
             return
         await asyncio.sleep(self._step_s)
         going_on = self._first_tokens(work)
