@@ -11,9 +11,8 @@ def open_transport(name: str, config: TransferConfig, host: str) -> Transport:
     """The transport `name` ("ucx", "tcp", "inproc"; "auto" is resolved) for peers that reach this process at `host`."""
     match resolve(name, config.profile):
         case "ucx":
-            from kv_transfer.transports.ucx import UcxTransport, is_available
+            from kv_transfer.transports.ucx import UcxTransport
 
-            is_available(config.profile)  # the import takes a second: now, not at the first hand-off
             return UcxTransport(host, config.profile, hello_s=config.connect_s)
         case "tcp":
             from kv_transfer.transports.tcp import TcpTransport
@@ -28,9 +27,9 @@ def open_transport(name: str, config: TransferConfig, host: str) -> Transport:
 
 
 def resolve(name: str, profile: str = "host") -> str:
-    """Turns "auto" into "ucx" where its binding imports, else "tcp"; other names stay as they are."""
+    """Turns "auto" into "ucx" where its library imports, else "tcp"; other names stay as they are."""
     if name != "auto":
         return name
-    from kv_transfer.transports import ucx
+    from kv_transfer.transports import ucx_library
 
-    return "ucx" if ucx.is_available(profile) else "tcp"
+    return "ucx" if ucx_library.is_installed(profile) else "tcp"

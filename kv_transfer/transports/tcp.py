@@ -8,22 +8,16 @@ import socket
 from collections.abc import Awaitable, Callable
 
 from kv_transfer.transport import Buffer, Connection
+from kv_transfer.transports.doorway import Doorway, knock
 from kv_transfer.transports.frames import (
     HEADER_BYTES,
-    WIRE_HELLO_BYTES,
     FrameHeader,
     pack_header,
-    pack_hello,
     unpack_header,
-    unpack_hello,
 )
 from kv_transfer.transports.posted import PostedReceive, PostedReceives, check_buffer, check_target
 from pdserve.errors import TransferFailed
-from service_kit.logs import get_logger
 
-_log = get_logger(__name__)
-
-_BACKLOG = 512
 _DISCARD_BYTES = 256 * 1024
 # Reads per readiness event: one message after the other may not starve the loop.
 _READS_PER_EVENT = 4
@@ -202,15 +196,11 @@ class TcpConnection:
 
 
 class TcpTransport:
-    """Listens on `host`, port chosen by the system. `post_s`: see TcpConnection; `hello_s`: deadline of a peer's hello."""
+    """`post_s`: see TcpConnection; `hello_s`: deadline of a peer's hello."""
 
     def __init__(self, host: str, post_s: float, hello_s: float) -> None:
-        self._host = host
         self._post_s = post_s
-        self._hello_s = hello_s
-        self._listener: socket.socket | None = None
-        self._acceptor: asyncio.Task[None] | None = None
-        self._greeters: set[asyncio.Task[None]] = set()
+        self._door = Doorway("tcp", host, hello_s)
         self._connections: set[TcpConnection] = set()
 
     @property
@@ -218,66 +208,17 @@ class TcpTransport:
         return "tcp"
 
     async def listen(self, on_connection: Callable[[Connection, bytes], Awaitable[None]]) -> str:
-        loop = asyncio.get_running_loop()
-        family, kind, proto, _, where = (await loop.getaddrinfo(self._host, 0, type=socket.SOCK_STREAM))[0]
-        listener = socket.socket(family, kind, proto)
-        listener.setblocking(False)
-        listener.bind(where)
-        listener.listen(_BACKLOG)
-        self._listener = listener
-        self._acceptor = asyncio.create_task(self._accept(listener, on_connection))
-        return f"{self._host}:{listener.getsockname()[1]}"
+        async def on_guest(sock: socket.socket, hello: bytes) -> None:
+            await on_connection(self._own(sock), hello)
 
-    async def _accept(
-        self, listener: socket.socket, on_connection: Callable[[Connection, bytes], Awaitable[None]]
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listener)
-            except OSError as error:
-                # Out of descriptors, or the peer left before accept: the listener lives on.
-                _log.warning("kv_accept_failed", error=str(error))
-                await asyncio.sleep(0.1)
-                continue
-            task = asyncio.create_task(self._greet(sock, on_connection))
-            self._greeters.add(task)
-            task.add_done_callback(self._greeters.discard)
-
-    async def _greet(self, sock: socket.socket, on_connection: Callable[[Connection, bytes], Awaitable[None]]) -> None:
-        try:
-            _prepare(sock)
-            async with asyncio.timeout(self._hello_s):
-                hello = unpack_hello(await _read_exactly(sock, WIRE_HELLO_BYTES))
-        except (OSError, TransferFailed) as error:
-            _log.warning("kv_hello_refused", transport="tcp", error=str(error) or "timeout")
-            sock.close()
-            return
-        except asyncio.CancelledError:
-            sock.close()
-            raise
-        await on_connection(self._own(sock), hello)
+        return await self._door.open(on_guest)
 
     async def connect(self, address: str, hello: bytes, deadline_s: float) -> Connection:
-        loop = asyncio.get_running_loop()
-        host, _, port = address.rpartition(":")
-        sock: socket.socket | None = None
         try:
             async with asyncio.timeout(deadline_s):
-                family, kind, proto, _, where = (await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM))[0]
-                sock = socket.socket(family, kind, proto)
-                _prepare(sock)
-                await loop.sock_connect(sock, where)
-                await loop.sock_sendall(sock, pack_hello(hello))
+                return self._own(await knock(address, hello))
         except (OSError, ValueError) as error:  # TimeoutError is an OSError
-            if sock is not None:
-                sock.close()
             raise TransferFailed(f"Cannot connect to the KV endpoint tcp {address}: {error or 'timeout'}.") from error
-        except asyncio.CancelledError:
-            if sock is not None:
-                sock.close()
-            raise
-        return self._own(sock)
 
     def _own(self, sock: socket.socket) -> TcpConnection:
         self._connections = {connection for connection in self._connections if not connection.closed}
@@ -286,27 +227,6 @@ class TcpTransport:
         return connection
 
     async def close(self) -> None:
-        tasks = [task for task in (self._acceptor, *self._greeters) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._listener is not None:
-            self._listener.close()
+        await self._door.close()
         for connection in self._connections:
             await connection.close()
-
-
-def _prepare(sock: socket.socket) -> None:
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-async def _read_exactly(sock: socket.socket, count: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    data = b""
-    while len(data) < count:
-        chunk = await loop.sock_recv(sock, count - len(data))
-        if not chunk:
-            raise TransferFailed("The peer left before its hello.")
-        data += chunk
-    return data
