@@ -20,7 +20,7 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self._weights = weights
-        self._rotary = RotaryTable(spec.rope_theta, spec.head_dim, dtype, device)
+        self._rotary = RotaryTable(spec.rope_theta, spec.head_dim, spec.rope_scaling, dtype, device)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n] int64 -> hidden [n, hidden]."""

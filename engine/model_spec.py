@@ -1,12 +1,13 @@
 """Owns the gate of models: reads config.json into a ModelSpec, or refuses by name what would not be computed exactly. Torch-free.
 
 Four families share one decoder: llama, mistral, qwen2, qwen3. Everything that would change a single logit and is not built here
-(RoPE scaling, sliding windows in effect, quantised weights, other activations) raises ModelUnsupported.
+(other kinds of RoPE, sliding windows in effect, quantised weights, other activations) raises ModelUnsupported.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,38 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
 _MAX_CONFIG_BYTES = 4 * 2**20
 _MAX_COUNT = 1 << 24  # of heads, layers, dimensions: bounds what a hostile config can make us allocate
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Every frequency divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between them."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071, section 3): a ramp over the dimensions, cos and sin multiplied by `attention_factor`."""
+
+    factor: float
+    original_tokens: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    truncate: bool  # the ends of the ramp are whole dimensions
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +77,7 @@ class ModelSpec:
     context_tokens: int
     eos_token_ids: tuple[int, ...]
     sliding_window: int = 0  # 0 = none; else exact only for contexts of at most this many tokens
+    rope_scaling: RopeScaling | None = None
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelSpec:
@@ -65,6 +99,9 @@ class ModelSpec:
         if heads % kv_heads or head_dim % 2:
             raise ConfigInvalid(f"config.json: {heads} heads, {kv_heads} KV heads of {head_dim} do not fit together.")
         attention_bias = fields.flag("attention_bias") if family in ("llama", "qwen3") else False
+        rope = _rope_section(config)
+        rope_theta = _positive(rope.get("rope_theta", config.get("rope_theta", 10_000.0)), "rope_theta")
+        rope_scaling = _rope_scaling(config, rope, rope_theta)
         return cls(
             family=family,
             layers=fields.count("num_hidden_layers"),
@@ -75,15 +112,16 @@ class ModelSpec:
             intermediate=fields.count("intermediate_size"),
             vocab=fields.count("vocab_size"),
             norm_eps=fields.positive("rms_norm_eps", default=1e-6),
-            rope_theta=_rope_theta(config),
+            rope_theta=rope_theta,
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
             mlp_bias=fields.flag("mlp_bias") if family == "llama" else False,
             qk_norm=family == "qwen3",
             tied=fields.flag("tie_word_embeddings"),
-            context_tokens=fields.count("max_position_embeddings"),
+            context_tokens=_context_tokens(fields.count("max_position_embeddings"), rope_scaling),
             eos_token_ids=_eos_ids(config, generation),
             sliding_window=_sliding_window(config, family),
+            rope_scaling=rope_scaling,
         )
 
     def context_limit(self, asked: int) -> int:
@@ -102,7 +140,7 @@ class ModelSpec:
 
     def rope_identity(self) -> str:
         """RoPE as a field of the KV identity."""
-        return f"default theta={self.rope_theta!r} dim={self.head_dim}"
+        return f"{_scaling_identity(self.rope_scaling)} theta={self.rope_theta!r} dim={self.head_dim}"
 
 
 class _Fields:
@@ -162,22 +200,97 @@ def _refuse_what_is_not_built(config: Json) -> None:
         raise ModelUnsupported("auto_map: models that bring code of their own are not supported.")
 
 
-def _rope_theta(config: Json) -> float:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older). Only plain RoPE passes."""
-    theta = config.get("rope_theta", 10_000.0)
-    for name in ("rope_parameters", "rope_scaling"):
+def _rope_section(config: Json) -> Json:
+    """`rope_scaling` (older files) or `rope_parameters` (transformers 5), one of them; empty where there is none."""
+    found: list[Json] = []
+    for name in ("rope_scaling", "rope_parameters"):
         section = config.get(name)
         if section is None:
             continue
         if not isinstance(section, Mapping):
             raise ConfigInvalid(f"config.json: {name} must be an object, not {section!r}.")
-        kind = section.get("rope_type", section.get("type", "default"))
-        if kind != "default":
-            raise ModelUnsupported(f"{name}: RoPE of type {kind!r} is not supported, only 'default'.")
-        if section.get("partial_rotary_factor", 1.0) != 1.0:
+        if any(isinstance(value, Mapping) for value in section.values()):
+            raise ModelUnsupported(f"{name}: RoPE that differs between layers is not supported.")
+        if section.get("partial_rotary_factor", 1.0) not in (1, 1.0, None):
             raise ModelUnsupported(f"{name}: partial_rotary_factor is not supported.")
-        theta = section.get("rope_theta", theta)
-    return _positive(theta, "rope_theta")
+        if section:
+            found.append(section)
+    if len(found) == 2 and found[0] != found[1]:
+        raise ConfigInvalid("config.json: rope_scaling and rope_parameters disagree. Remove one of them.")
+    return found[0] if found else {}
+
+
+def _rope_scaling(config: Json, section: Json, theta: float) -> RopeScaling | None:
+    kind = section.get("rope_type", section.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ModelUnsupported(
+            f"RoPE of type {kind!r} is not supported, only 'default', 'linear', 'llama3' and 'yarn'."
+        )
+    factor = _positive(section.get("factor"), "factor of RoPE")
+    if kind == "linear":
+        return LinearScaling(factor)
+    # The order of precedence is transformers': what stands at the top level of the file wins.
+    places: tuple[tuple[Json, str], ...] = (
+        (config, "original_max_position_embeddings"),
+        (section, "original_max_position_embeddings"),
+        (config, "max_position_embeddings"),
+    )
+    source, name = next((place for place in places if place[0].get(place[1]) is not None), places[-1])
+    original_tokens = _Fields(source).count(name)
+    if kind == "yarn":
+        return _yarn(section, factor, original_tokens, theta)
+    low, high = (_positive(section.get(name), name) for name in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise ConfigInvalid(f"config.json: low_freq_factor {low} must be less than high_freq_factor {high}.")
+    return Llama3Scaling(factor, low, high, original_tokens)
+
+
+def _yarn(section: Json, factor: float, original_tokens: int, theta: float) -> YarnScaling:
+    if theta <= 1:
+        raise ConfigInvalid(f"config.json: RoPE of type 'yarn' needs a rope_theta above 1, not {theta}.")
+    return YarnScaling(
+        factor=factor,
+        original_tokens=original_tokens,
+        beta_fast=_positive(section.get("beta_fast") or 32, "beta_fast"),
+        beta_slow=_positive(section.get("beta_slow") or 1, "beta_slow"),
+        attention_factor=_attention_factor(section, factor),
+        truncate=_Fields({"truncate": True, **section}).flag("truncate"),
+    )
+
+
+def _attention_factor(section: Json, factor: float) -> float:
+    """What the file says, or what follows from the scaling factor (YaRN, section 3.4; mscale as DeepSeek has it)."""
+    given = section.get("attention_factor")
+    if given is not None:
+        return _positive(given, "attention_factor")
+
+    def magnitude(scale: object) -> float:
+        return 0.1 * _positive(scale, "mscale") * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, mscale_all_dim = section.get("mscale"), section.get("mscale_all_dim")
+    return magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1.0)
+
+
+def _context_tokens(positions: int, scaling: RopeScaling | None) -> int:
+    """Files with YaRN often leave max_position_embeddings at what it was before the stretch."""
+    if not isinstance(scaling, YarnScaling):
+        return positions
+    return max(positions, int(min(scaling.factor * scaling.original_tokens, _MAX_COUNT)))
+
+
+def _scaling_identity(scaling: RopeScaling | None) -> str:
+    match scaling:
+        case None:
+            return "default"
+        case LinearScaling(factor):
+            return f"linear factor={factor!r}"
+        case Llama3Scaling(factor, low, high, original):
+            return f"llama3 factor={factor!r} low={low!r} high={high!r} original={original}"
+        case YarnScaling(factor, original, fast, slow, attention, truncate):
+            ends = f"beta={fast!r}/{slow!r} truncate={truncate}"
+            return f"yarn factor={factor!r} original={original} {ends} attention={attention!r}"
 
 
 def _positive(value: object, name: str) -> float:
@@ -193,7 +306,7 @@ def _sliding_window(config: Json, family: Family) -> int:
         raise ModelUnsupported(f"layer_types {sorted(set(map(str, kinds)))} are not supported.")
     if family == "llama":
         return 0
-    window = config.get("sliding_window", 4096 if family == "mistral" else None)
+    window = config.get("sliding_window", 4096)  # the default of every family that has windows
     if window is None or (family != "mistral" and not config.get("use_sliding_window", False)):
         return 0
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:

@@ -45,6 +45,18 @@ SMALL: dict[str, object] = {
 }
 
 
+# Small enough that prompts go past the original context, and that pairs of dimensions are in every band.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 8}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """A model class of transformers and its small config."""
@@ -54,7 +66,7 @@ class Family:
 
 
 def families() -> dict[str, Family]:
-    """One per supported architecture, each with what is its own: biases, head norms, head dimensions, ties."""
+    """One per supported architecture, each with what is its own: biases, head norms, head dimensions, ties, scaled RoPE."""
     return {
         "llama": Family(
             LlamaForCausalLM,
@@ -66,6 +78,18 @@ def families() -> dict[str, Family]:
         "qwen2": Family(Qwen2ForCausalLM, Qwen2Config.from_dict({**SMALL, "tie_word_embeddings": True})),
         "qwen3": Family(
             Qwen3ForCausalLM, Qwen3Config.from_dict({**SMALL, "head_dim": 24, "tie_word_embeddings": False})
+        ),
+        "llama-llama3": Family(
+            LlamaForCausalLM, LlamaConfig.from_dict({**SMALL, "tie_word_embeddings": True, "rope_parameters": LLAMA3})
+        ),
+        "mistral-linear": Family(
+            MistralForCausalLM,
+            MistralConfig.from_dict(
+                {**SMALL, "sliding_window": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}
+            ),
+        ),
+        "qwen3-yarn": Family(
+            Qwen3ForCausalLM, Qwen3Config.from_dict({**SMALL, "head_dim": 24, "rope_parameters": YARN})
         ),
     }
 

@@ -28,7 +28,7 @@ from tests.engine.rig import (
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 100, 511, 512, 513, 2000)
 NEW_TOKENS = 6
-MODELS = ("llama", "mistral", "qwen2", "qwen3", "shipped")
+MODELS = (*families(), "shipped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,13 @@ def test_one_prompt_at_a_time(models: dict[str, Checked], name: str) -> None:
     engine.close()
 
 
-def test_both_forms_of_rope_in_a_config_mean_the_same(models: dict[str, Checked], tmp_path: Path) -> None:
-    checked = models["llama"]
+@pytest.mark.parametrize("name", ["llama", "llama-llama3", "mistral-linear", "qwen3-yarn"])
+def test_both_forms_of_rope_in_a_config_mean_the_same(models: dict[str, Checked], name: str, tmp_path: Path) -> None:
+    checked = models[name]
     config = json.loads((checked.directory / "config.json").read_text())
-    theta = config.pop("rope_parameters")["rope_theta"]
-    config.update(rope_theta=theta, rope_scaling=None)
+    section = config.pop("rope_parameters")
+    theta, kind = section.pop("rope_theta"), section.pop("rope_type")
+    config.update(rope_theta=theta, rope_scaling=None if kind == "default" else {"type": kind, **section})
     for file in checked.directory.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "config.json").unlink()

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.checkpoint import Checkpoint
 from engine.model_source import model_directory
 from engine.model_spec import FAMILIES, ModelSpec
+from engine.rotary import RotaryTable, frequencies
 from engine.weights import WeightReader
 from pdserve.errors import ConfigInvalid, ModelUnsupported
-from tests.engine.rig import families, save_random
+from tests.engine.rig import LLAMA3, YARN, families, save_random
 
 BASE: dict[str, object] = {
     "model_type": "llama",
@@ -39,9 +42,9 @@ def spec(changes: dict[str, object] | None = None, generation: dict[str, object]
     [
         ({"model_type": "gemma2"}, "gemma2"),
         ({"model_type": None}, "None"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "longrope"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs between layers"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
@@ -66,6 +69,16 @@ def test_what_would_not_be_exact_is_refused_by_name(changes: dict[str, object], 
         {"rms_norm_eps": 0},
         {"rope_theta": -1.0},
         {"rope_scaling": "llama3"},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}},
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": "256"}},
+        {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": {"type": "linear", "factor": 0.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+        {"rope_parameters": {**YARN, "truncate": None}},
+        {"rope_parameters": {**YARN, "attention_factor": 0}},
+        {"rope_parameters": {**YARN, "rope_theta": 1.0}},
+        {"rope_parameters": YARN, "rope_scaling": LLAMA3},
         {"tie_word_embeddings": "yes"},
     ],
 )
@@ -87,6 +100,70 @@ def test_rope_is_read_in_both_forms() -> None:
     assert spec({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}).rope_theta == 1e6
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+        LLAMA3,
+        {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
+        YARN,
+        {**YARN, "truncate": False, "beta_slow": 2, "attention_factor": 1.5},
+        {**YARN, "factor": 1.0},
+        {**YARN, "factor": 40, "mscale": 1.0, "mscale_all_dim": 0.8},
+        {**YARN, "beta_fast": 1, "beta_slow": 1, "original_max_position_embeddings": 32768},
+    ],
+)
+def test_frequencies_are_those_of_transformers_to_the_last_bit(section: dict[str, object]) -> None:
+    config = LlamaConfig.from_dict({**BASE, "head_dim": 64, "rope_parameters": dict(section)})
+    reference = LlamaRotaryEmbedding(config)
+    read = spec({"head_dim": 64, "rope_parameters": section})
+    assert torch.equal(frequencies(read.rope_theta, 64, read.rope_scaling), reference.inv_freq)
+    table = RotaryTable(read.rope_theta, 64, read.rope_scaling, torch.float32, torch.device("cpu"))
+    positions = torch.tensor([0, 1, 255, 256, 5000])
+    cos, sin = table.rows(positions, 5000)
+    expected_cos, expected_sin = reference(torch.zeros(1), positions[None])
+    torch.testing.assert_close(cos[:, 0], expected_cos[0, :, :32], atol=1e-6, rtol=0)
+    torch.testing.assert_close(sin[:, 0], expected_sin[0, :, :32], atol=1e-6, rtol=0)
+
+
+def test_the_scaled_llama_of_these_tests_has_all_three_bands() -> None:
+    read = spec({"head_dim": 16, "rope_parameters": LLAMA3})
+    ratios = frequencies(5e5, 16, None) / frequencies(5e5, 16, read.rope_scaling)
+    bands = [(ratios == 1.0).any(), ((ratios > 1.001) & (ratios < 7.999)).any(), (ratios == 8.0).any()]
+    assert all(bands)
+
+
+def test_the_original_context_is_read_where_transformers_reads_it() -> None:
+    section = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    changes: dict[str, object] = {"rope_scaling": section}
+    for added in ({}, {"original_max_position_embeddings": 64}, {"rope_scaling": LLAMA3}):
+        changes.update(added)
+        reference = LlamaRotaryEmbedding(LlamaConfig.from_dict({**BASE, **changes}))
+        read = spec(changes)
+        assert torch.equal(frequencies(read.rope_theta, 8, read.rope_scaling), reference.inv_freq)
+
+
+def test_every_parameter_of_rope_is_part_of_its_identity() -> None:
+    yarn: dict[str, object] = {**YARN, "beta_slow": 1, "attention_factor": 1.2, "truncate": True}
+    sections: list[dict[str, object]] = [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, LLAMA3, yarn]
+    for whole in (LLAMA3, yarn):
+        for name, value in whole.items():
+            if isinstance(value, bool):
+                sections.append({**whole, name: not value})
+            elif isinstance(value, int | float):
+                sections.append({**whole, name: value * 2})
+    identities = [spec({"rope_parameters": section}).rope_identity() for section in sections]
+    assert len(set(identities)) == len(identities) == 16
+    assert identities[0] == "default theta=10000.0 dim=8"
+
+
+def test_a_context_stretched_by_yarn_may_be_used_whole() -> None:
+    assert spec({"rope_scaling": YARN}).context_limit(2048) == 2048
+    assert spec({"rope_scaling": {**YARN, "factor": 1e300}}).context_tokens == 2**24
+    assert spec({"rope_scaling": LLAMA3}).context_tokens == 128
+
+
 def test_end_tokens_are_those_of_the_generation_config_where_there_is_one() -> None:
     assert spec({"eos_token_id": 2}).eos_token_ids == (2,)
     assert spec({"eos_token_id": 2}, {"eos_token_id": [7, 9, 7]}).eos_token_ids == (7, 9)
@@ -101,6 +178,7 @@ def test_a_sliding_window_is_exact_only_within_it() -> None:
         windowed.context_limit(0)
     unused = spec({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False})
     assert unused.context_limit(0) == 128
+    assert spec({"model_type": "qwen2", "use_sliding_window": True}).sliding_window == 4096
 
 
 def test_a_context_beyond_the_models_own_is_refused() -> None:
