@@ -48,9 +48,7 @@ class Decoder:
         """Residual stream after `layer`: attended [n, heads, head_dim] -> hidden [n, hidden]."""
         weights = self._weights.layers[layer]
         hidden = hidden + weights.output(attended.reshape(len(hidden), -1))
-        normed = self._norm(hidden, weights.post_norm)
-        gate, up = weights.gate_up(normed).chunk(2, dim=-1)
-        return hidden + weights.down(F.silu(gate) * up)
+        return hidden + weights.mlp(self._norm(hidden, weights.post_norm))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [n, hidden] -> logits [n, vocab], float32."""

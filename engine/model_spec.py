@@ -1,7 +1,7 @@
 """Owns the gate of models: reads config.json into a ModelSpec, or refuses by name what would not be computed exactly. Torch-free.
 
-Four families share one decoder: llama, mistral, qwen2, qwen3. Everything that would change a single logit and is not built here
-(other kinds of RoPE, sliding windows in effect, quantised weights, other activations) raises ModelUnsupported.
+The families share one decoder. Everything that would change a single logit and is not built here (other kinds of RoPE, sliding windows
+in effect, quantised weights, other activations) raises ModelUnsupported.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Literal, cast
 from pdserve.errors import ConfigInvalid, ModelUnsupported
 
 Json = Mapping[str, object]
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
 
-FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 _MAX_CONFIG_BYTES = 4 * 2**20
 _MAX_COUNT = 1 << 24  # of heads, layers, dimensions: bounds what a hostile config can make us allocate
 
@@ -56,6 +56,21 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """The experts of a layer, and which layers have them; the others have one feed-forward."""
+
+    count: int
+    per_token: int
+    intermediate: int
+    normalised: bool
+    every: int  # of so many layers, the last one
+    dense_layers: frozenset[int]
+
+    def in_layer(self, layer: int) -> bool:
+        return layer not in self.dense_layers and (layer + 1) % self.every == 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Everything the decoder needs to know of a checkpoint but its weights."""
 
@@ -78,6 +93,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     sliding_window: int = 0  # 0 = none; else exact only for contexts of at most this many tokens
     rope_scaling: RopeScaling | None = None
+    experts: ExpertsSpec | None = None
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelSpec:
@@ -98,7 +114,7 @@ class ModelSpec:
         head_dim = fields.count("head_dim", default=128 if family == "qwen3" else hidden // heads)
         if heads % kv_heads or head_dim % 2:
             raise ConfigInvalid(f"config.json: {heads} heads, {kv_heads} KV heads of {head_dim} do not fit together.")
-        attention_bias = fields.flag("attention_bias") if family in ("llama", "qwen3") else False
+        attention_bias = fields.flag("attention_bias") if family in ("llama", "qwen3", "qwen3_moe") else False
         rope = _rope_section(config)
         rope_theta = _positive(rope.get("rope_theta", config.get("rope_theta", 10_000.0)), "rope_theta")
         rope_scaling = _rope_scaling(config, rope, rope_theta)
@@ -116,12 +132,13 @@ class ModelSpec:
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
             mlp_bias=fields.flag("mlp_bias") if family == "llama" else False,
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             tied=fields.flag("tie_word_embeddings"),
             context_tokens=_context_tokens(fields.count("max_position_embeddings"), rope_scaling),
             eos_token_ids=_eos_ids(config, generation),
             sliding_window=_sliding_window(config, family),
             rope_scaling=rope_scaling,
+            experts=_experts(config) if family == "qwen3_moe" else None,
         )
 
     def context_limit(self, asked: int) -> int:
@@ -141,6 +158,13 @@ class ModelSpec:
     def rope_identity(self) -> str:
         """RoPE as a field of the KV identity."""
         return f"{_scaling_identity(self.rope_scaling)} theta={self.rope_theta!r} dim={self.head_dim}"
+
+    def mlp_identity(self) -> str:
+        """The choice of experts as a field of the KV identity: nothing in the weights tells it."""
+        if self.experts is None:
+            return "dense"
+        chosen = f"per_token={self.experts.per_token} normalised={self.experts.normalised}"
+        return f"experts {chosen} every={self.experts.every} dense={sorted(self.experts.dense_layers)}"
 
 
 class _Fields:
@@ -312,6 +336,28 @@ def _sliding_window(config: Json, family: Family) -> int:
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ConfigInvalid(f"config.json: sliding_window must be a whole number or null, not {window!r}.")
     return window
+
+
+def _experts(config: Json) -> ExpertsSpec:
+    fields = _Fields(config)
+    # transformers 5 writes num_local_experts, everything before it num_experts
+    count = fields.count("num_experts" if config.get("num_experts") is not None else "num_local_experts")
+    if config.get("num_local_experts", count) != count:
+        raise ConfigInvalid("config.json: num_experts and num_local_experts disagree. Remove one of them.")
+    per_token = fields.count("num_experts_per_tok")
+    if per_token > count:
+        raise ConfigInvalid(f"config.json: num_experts_per_tok is {per_token}, but there are {count} experts.")
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
+        raise ConfigInvalid(f"config.json: mlp_only_layers must be a list of layer numbers, not {dense!r}.")
+    return ExpertsSpec(
+        count=count,
+        per_token=per_token,
+        intermediate=fields.count("moe_intermediate_size"),
+        normalised=fields.flag("norm_topk_prob"),
+        every=fields.count("decoder_sparse_step", default=1),
+        dense_layers=frozenset(dense),
+    )
 
 
 def _eos_ids(config: Json, generation: Json) -> tuple[int, ...]:

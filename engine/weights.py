@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.checkpoint import Checkpoint
+from engine.experts import Experts, FeedForward, GatedUnit
 from engine.linear import Linear
 from engine.model_spec import ModelSpec
 from pdserve.errors import ModelUnsupported
@@ -15,15 +16,14 @@ from pdserve.errors import ModelUnsupported
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. qkv: q, k and v stacked; gate_up: gate and up stacked. qk_norm: [heads + kv_heads, head_dim] or None."""
+    """One decoder layer. qkv: q, k and v stacked. qk_norm: [heads + kv_heads, head_dim] or None."""
 
     input_norm: torch.Tensor
     qkv: Linear
     qk_norm: torch.Tensor | None
     output: Linear
     post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: FeedForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,13 @@ class ModelWeights:
     final_norm: torch.Tensor
     head: Linear
 
+    def linears(self) -> tuple[Linear, ...]:
+        """Every projection of the model."""
+        of_layers = (part for layer in self.layers for part in (layer.qkv, layer.output, *layer.mlp.linears()))
+        return (self.head, *of_layers)
+
     def size_bytes(self) -> int:
-        linears = [self.head, *(x for la in self.layers for x in (la.qkv, la.output, la.gate_up, la.down))]
-        return self.embedding.nbytes + sum(linear.size_bytes for linear in linears)
+        return self.embedding.nbytes + sum(linear.size_bytes for linear in self.linears())
 
 
 class WeightReader:
@@ -52,26 +56,43 @@ class WeightReader:
         """All weights; refuses a checkpoint with tensors that this decoder would leave out."""
         spec = self._spec
         embedding = self._tensor("model.embed_tokens.weight", spec.vocab, spec.hidden)
-        layers = tuple(self._layer(f"model.layers.{number}.") for number in range(spec.layers))
+        layers = tuple(self._layer(number) for number in range(spec.layers))
         final_norm = self._tensor("model.norm.weight", spec.hidden)
         head = embedding if spec.tied else self._tensor("lm_head.weight", spec.vocab, spec.hidden)
         self._refuse_the_rest()
         return ModelWeights(embedding, layers, final_norm, Linear(head, None))
 
-    def _layer(self, prefix: str) -> LayerWeights:
+    def _layer(self, number: int) -> LayerWeights:
         spec = self._spec
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        prefix = f"model.layers.{number}."
+        attention = prefix + "self_attn."
         q_rows, kv_rows = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         qkv_parts = [(attention + "q_proj", q_rows), (attention + "k_proj", kv_rows), (attention + "v_proj", kv_rows)]
-        gate_up_parts = [(mlp + "gate_proj", spec.intermediate), (mlp + "up_proj", spec.intermediate)]
         return LayerWeights(
             input_norm=self._tensor(prefix + "input_layernorm.weight", spec.hidden),
             qkv=self._linear(qkv_parts, spec.hidden, spec.qkv_bias),
             qk_norm=self._qk_norm(attention) if spec.qk_norm else None,
             output=self._linear([(attention + "o_proj", spec.hidden)], q_rows, spec.output_bias),
             post_norm=self._tensor(prefix + "post_attention_layernorm.weight", spec.hidden),
-            gate_up=self._linear(gate_up_parts, spec.hidden, spec.mlp_bias),
-            down=self._linear([(mlp + "down_proj", spec.hidden)], spec.intermediate, spec.mlp_bias),
+            mlp=self._mlp(number, prefix + "mlp."),
+        )
+
+    def _mlp(self, layer: int, prefix: str) -> FeedForward:
+        spec, experts = self._spec, self._spec.experts
+        if experts is None or not experts.in_layer(layer):
+            return self._unit(prefix, spec.intermediate, spec.mlp_bias)
+        return Experts(
+            router=self._linear([(prefix + "gate", experts.count)], spec.hidden, False),
+            units=tuple(self._unit(f"{prefix}experts.{n}.", experts.intermediate, False) for n in range(experts.count)),
+            per_token=experts.per_token,
+            normalised=experts.normalised,
+        )
+
+    def _unit(self, prefix: str, intermediate: int, bias: bool) -> GatedUnit:
+        gate_up_parts = [(prefix + "gate_proj", intermediate), (prefix + "up_proj", intermediate)]
+        return GatedUnit(
+            gate_up=self._linear(gate_up_parts, self._spec.hidden, bias),
+            down=self._linear([(prefix + "down_proj", self._spec.hidden)], intermediate, bias),
         )
 
     def _qk_norm(self, attention: str) -> torch.Tensor:

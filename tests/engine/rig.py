@@ -20,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from engine.native import NativeEngine
@@ -55,6 +57,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 256,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 8}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [1]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,10 @@ def families() -> dict[str, Family]:
         ),
         "qwen3-yarn": Family(
             Qwen3ForCausalLM, Qwen3Config.from_dict({**SMALL, "head_dim": 24, "rope_parameters": YARN})
+        ),
+        "qwen3_moe": Family(Qwen3MoeForCausalLM, Qwen3MoeConfig.from_dict({**SMALL, **EXPERTS, "head_dim": 24})),
+        "qwen3_moe-normalised": Family(
+            Qwen3MoeForCausalLM, Qwen3MoeConfig.from_dict({**SMALL, **EXPERTS, "norm_topk_prob": True})
         ),
     }
 

@@ -118,7 +118,7 @@ def test_both_forms_of_rope_in_a_config_mean_the_same(models: dict[str, Checked]
     engine.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama-llama3", "qwen3_moe-normalised"])
 def test_bfloat16_stays_close_to_float32(models: dict[str, Checked], name: str) -> None:
     """Each drawn token is nearly as likely under the float32 reference as the best one."""
     checked = models[name]

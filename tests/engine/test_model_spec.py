@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig, Qwen3MoeModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from engine.checkpoint import Checkpoint
 from engine.model_source import model_directory
@@ -17,7 +18,7 @@ from engine.model_spec import FAMILIES, ModelSpec
 from engine.rotary import RotaryTable, frequencies
 from engine.weights import WeightReader
 from pdserve.errors import ConfigInvalid, ModelUnsupported
-from tests.engine.rig import LLAMA3, YARN, families, save_random
+from tests.engine.rig import EXPERTS, LLAMA3, YARN, families, save_random
 
 BASE: dict[str, object] = {
     "model_type": "llama",
@@ -31,6 +32,9 @@ BASE: dict[str, object] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
 }
+
+
+MOE: dict[str, object] = {"model_type": "qwen3_moe", **EXPERTS}
 
 
 def spec(changes: dict[str, object] | None = None, generation: dict[str, object] | None = None) -> ModelSpec:
@@ -80,6 +84,13 @@ def test_what_would_not_be_exact_is_refused_by_name(changes: dict[str, object], 
         {"rope_parameters": {**YARN, "rope_theta": 1.0}},
         {"rope_parameters": YARN, "rope_scaling": LLAMA3},
         {"tie_word_embeddings": "yes"},
+        {"model_type": "qwen3_moe"},
+        {**MOE, "num_local_experts": 4},
+        {**MOE, "num_experts_per_tok": 9},
+        {**MOE, "decoder_sparse_step": 0},
+        {**MOE, "mlp_only_layers": ["1"]},
+        {**MOE, "mlp_only_layers": 1},
+        {**MOE, "norm_topk_prob": 1},
     ],
 )
 def test_nonsense_is_refused(changes: dict[str, object]) -> None:
@@ -88,11 +99,41 @@ def test_nonsense_is_refused(changes: dict[str, object]) -> None:
 
 
 def test_every_family_is_told_apart_by_what_is_its_own() -> None:
-    read = {family: spec({"model_type": family, "sliding_window": None}) for family in FAMILIES}
-    assert [read[family].qkv_bias for family in FAMILIES] == [False, False, True, False]
-    assert [read[family].qk_norm for family in FAMILIES] == [False, False, False, True]
-    assert read["qwen3"].head_dim == 128
-    assert read["llama"].head_dim == 8
+    read = {family: spec({**EXPERTS, "model_type": family, "sliding_window": None}) for family in FAMILIES}
+    assert [read[family].qkv_bias for family in FAMILIES] == [False, False, True, False, False]
+    assert [read[family].qk_norm for family in FAMILIES] == [False, False, False, True, True]
+    assert [read[family].experts is not None for family in FAMILIES] == [False, False, False, False, True]
+    assert [read[family].head_dim for family in FAMILIES] == [8, 8, 8, 128, 8]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"mlp_only_layers": [0, 3, 99]}, {"decoder_sparse_step": 2}, {"mlp_only_layers": None}]
+)
+def test_experts_are_in_the_layers_where_transformers_has_them(changes: dict[str, object]) -> None:
+    config = {**BASE, **MOE, "num_hidden_layers": 5, **changes}
+    with torch.device("meta"):
+        reference = Qwen3MoeModel(Qwen3MoeConfig.from_dict(config))
+    experts = ModelSpec.of(config, {}).experts
+    assert experts is not None
+    sparse = [isinstance(layer.mlp, Qwen3MoeSparseMoeBlock) for layer in reference.layers]
+    assert [experts.in_layer(number) for number in range(5)] == sparse
+
+
+def test_the_number_of_experts_is_read_in_both_forms() -> None:
+    renamed = {name: value for name, value in MOE.items() if name != "num_experts"} | {"num_local_experts": 8}
+    assert spec(renamed).experts == spec(MOE).experts
+
+
+def test_every_choice_about_experts_is_part_of_an_identity() -> None:
+    changes: list[dict[str, object]] = [
+        {},
+        {"num_experts_per_tok": 3},
+        {"norm_topk_prob": True},
+        {"decoder_sparse_step": 2},
+        {"mlp_only_layers": [0, 1]},
+    ]
+    identities = {spec({**MOE, **change}).mlp_identity() for change in changes} | {spec().mlp_identity()}
+    assert len(identities) == 6
 
 
 def test_rope_is_read_in_both_forms() -> None:
@@ -248,6 +289,18 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(
 ) -> None:
     with pytest.raises((ConfigInvalid, ModelUnsupported), match=told):
         read(changed(llama, tmp_path, changes), llama)
+
+
+def test_a_checkpoint_that_lacks_an_expert_or_has_one_too_many_is_refused(tmp_path: Path) -> None:
+    save_random(families()["qwen3_moe"], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for experts, told in (
+        (9, "lacks the tensor 'model.layers.0.mlp.experts.8.gate_proj.weight'|has shape"),
+        (7, "has shape"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "num_local_experts": experts}))
+        with pytest.raises(ConfigInvalid, match=told):
+            read(tmp_path, tmp_path)
 
 
 def test_a_truncated_file_is_refused(llama: Path, tmp_path: Path) -> None:
