@@ -342,7 +342,7 @@ def _experts(config: Json) -> ExpertsSpec:
     fields = _Fields(config)
     # transformers 5 writes num_local_experts, everything before it num_experts
     count = fields.count("num_experts" if config.get("num_experts") is not None else "num_local_experts")
-    if config.get("num_local_experts", count) != count:
+    if config.get("num_local_experts") not in (None, count):
         raise ConfigInvalid("config.json: num_experts and num_local_experts disagree. Remove one of them.")
     per_token = fields.count("num_experts_per_tok")
     if per_token > count:
