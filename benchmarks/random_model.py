@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,22 @@ class LlamaShape:
     head_dim: int = 64
     intermediate: int = 2048
     vocab: int = 32_000
-    context_tokens: int = 8192
+    context_tokens: int = 16_384
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """In fp32."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * 4
+    def kv_elements_per_token(self) -> int:
+        return self.layers * 2 * self.kv_heads * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        """Tied embeddings counted once."""
+        return sum(math.prod(size) for _, size in _tensors(self))
 
 
 LLAMA_100M = LlamaShape()
+DESCRIPTION = "random Llama, 12 layers, hidden 768, 12/4 heads of 64, ffn 2048, vocabulary 32,000, tied"
 
 
 def write_random_llama(folder: Path, shape: LlamaShape = LLAMA_100M, seed: int = 1) -> Path:

@@ -1,0 +1,162 @@
+"""The engine against vLLM and transformers in one run, beside the floors: same weights, threads and cores, fp32 and bf16.
+
+`python -m benchmarks.peers [--full] [--threads N] [--dtype float32|bfloat16] [--vllm-eager]`. vLLM lives in an environment of its
+own (`make peers-setup`, or the python that PDSERVE_VLLM_PYTHON names); without it the run goes on with transformers alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.engine_driver import Dtype
+from benchmarks.floors import GemmFloor, MemoryFloor, bare_linear, has_prepacking, prepacked_linear
+from benchmarks.our_engine import OurEngine
+from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_random_llama
+from benchmarks.report import Better, Measurement, Mode, Result, compare, result, table, write_result
+from benchmarks.rounds import DECODE_CONTEXT, Effort, decode_ms, prefill_rates, random_prompt
+from benchmarks.transformers_peer import TransformersPeer
+from benchmarks.vllm_peer import DEFAULT_PYTHON, Setting, VllmOptions, VllmPeer, has_vllm
+
+BATCHES = (1, 8, 32, 128)
+PROMPTS = (512, 2048, 8192)
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+EFFORTS: dict[Mode, Effort] = {"quick": Effort(3, 4, 2, 1.0, 10.0), "full": Effort(10, 8, 5, 2.0, 45.0)}
+CHECKED_PROMPT, CHECKED_OUTPUT = 200, 24  # tokens, of the comparison of what the engines say
+MAX_TOKENS = max(PROMPTS) + 1
+ABSENT = "vLLM is not installed: make peers-setup"
+NOTES = (
+    "ratio: of us to the one named, above 1 = we are better; of a floor it is the share of the floor's speed that we reach",
+    "pdserve: whole engine step, scheduling and sampling included; transformers: forward pass and argmax, unchunked",
+    "vLLM: whole engine step in one process, prefix caching off, OpenMP threads bound to the same cores",
+    "GEMM floors: the linears of one step alone; memory floor: reading the bytes of weights and KV once",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    mode: Mode
+    cores: tuple[int, ...]  # one compute thread on each
+    vllm: Path | None  # its python
+    vllm_eager: bool
+
+
+class Contenders:
+    """All that is measured with one dtype. The first is ours; the last decode floor has no prefill."""
+
+    def __init__(self, plan: Plan, dtype: Dtype, folder: Path, stack: ExitStack) -> None:
+        model_dir = write_random_llama(folder / "model")
+        torch_dtype: torch.dtype = getattr(torch, dtype)
+        self.ours = OurEngine(model_dir, dtype, len(plan.cores))
+        stack.callback(self.ours.close)
+        torch.set_num_threads(len(plan.cores))
+        self.transformers = TransformersPeer(model_dir, torch_dtype)
+        self.vllm: VllmPeer | None = None
+        if plan.vllm is not None:
+            options = VllmOptions(dtype, plan.cores, MAX_TOKENS, max(BATCHES), plan.vllm_eager)
+            self.vllm = VllmPeer(plan.vllm, model_dir, options, folder / "vllm.log")
+            stack.callback(self.vllm.close)
+        self._gemms = [GemmFloor("GEMM floor, F.linear", bare_linear, LLAMA_100M, torch_dtype)]
+        if has_prepacking():
+            self._gemms.append(GemmFloor("GEMM floor, prepacked", prepacked_linear, LLAMA_100M, torch_dtype))
+        self._memory = MemoryFloor(LLAMA_100M, torch_dtype)
+
+    @property
+    def prefilling(self) -> list[OurEngine | TransformersPeer | VllmPeer | GemmFloor]:
+        return [self.ours, *([self.vllm] if self.vllm else []), self.transformers, *self._gemms]
+
+    @property
+    def decoding(self) -> list[OurEngine | TransformersPeer | VllmPeer | GemmFloor | MemoryFloor]:
+        return [*self.prefilling, self._memory]
+
+    def agreement(self) -> dict[str, Setting]:
+        """How many leading tokens of a greedy answer each peer has in common with ours."""
+        prompt = random_prompt(random.Random(7), CHECKED_PROMPT)
+        ours = self.ours.greedy_tokens(prompt, CHECKED_OUTPUT)
+        peers: list[VllmPeer | TransformersPeer] = [*([self.vllm] if self.vllm else []), self.transformers]
+        return {peer.name: common_prefix(ours, peer.greedy_tokens(prompt, CHECKED_OUTPUT)) for peer in peers}
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    for index, (one, other) in enumerate(zip(left, right, strict=True)):
+        if one != other:
+            return index
+    return len(left)
+
+
+def rows(case: str, unit: str, names: Sequence[str], samples: Sequence[Sequence[float]]) -> Iterator[Measurement]:
+    """One measurement per peer of the first; printed as they come, since a whole run takes long."""
+    better: Better = "lower" if unit == "ms" else "higher"
+    for name, taken in zip(names[1:], samples[1:], strict=True):
+        found = compare(f"{case} / {name}", unit, samples[0], (name, taken), better)
+        assert found.peer is not None
+        ours, theirs = found.figure.median, found.peer.figure.median
+        print(f"{found.name}: {ours:.4g} {unit} to {theirs:.4g}, ratio {found.peer.ratio:.2f}", flush=True)
+        yield found
+
+
+def measure_dtype(plan: Plan, dtype: Dtype, settings: dict[str, Setting]) -> list[Measurement]:
+    """Adds to `settings` what is particular to this dtype."""
+    effort = EFFORTS[plan.mode]
+    measurements: list[Measurement] = []
+    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder, ExitStack() as stack:
+        contenders = Contenders(plan, dtype, Path(folder), stack)
+        if contenders.vllm:
+            settings |= {f"vllm_{name}": value for name, value in contenders.vllm.settings.items()}
+        agreed = contenders.agreement()
+        settings |= {f"{dtype}: tokens of {CHECKED_OUTPUT} as {name}": value for name, value in agreed.items()}
+        names = [contender.name for contender in contenders.decoding]
+        for batch in BATCHES:
+            taken = decode_ms(contenders.decoding, batch, effort)
+            measurements += rows(f"{dtype}: decode step, batch {batch}", "ms", names, taken)
+        names = [contender.name for contender in contenders.prefilling]
+        for tokens in PROMPTS:
+            taken = prefill_rates(contenders.prefilling, tokens, effort)
+            measurements += rows(f"{dtype}: prefill, {tokens} tokens", "tok/s", names, taken)
+    return measurements
+
+
+def run(plan: Plan, dtypes: Sequence[Dtype]) -> Result:
+    settings: dict[str, Setting] = {
+        "model": DESCRIPTION,
+        "threads": len(plan.cores),
+        "decode_context": DECODE_CONTEXT,
+    }
+    measurements = [item for dtype in dtypes for item in measure_dtype(plan, dtype, settings)]
+    notes = NOTES if plan.vllm else (*NOTES, ABSENT)
+    return result("peers", plan.mode, settings, measurements, notes=notes)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Engine against vLLM and transformers, beside the floors.")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be given twice; default: both")
+    parser.add_argument(
+        "--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner, runs slower"
+    )
+    given = parser.parse_args(arguments)
+    cores = sorted(os.sched_getaffinity(0))[: given.threads]
+    if not 0 < given.threads == len(cores):
+        parser.error(f"--threads must lie in 1 .. {len(cores)}, the cores that this process may use")
+    os.sched_setaffinity(0, cores)  # before the first thread pool: vLLM's threads are bound to these cores too
+    python = Path(os.environ.get("PDSERVE_VLLM_PYTHON") or DEFAULT_PYTHON)
+    found = has_vllm(python)
+    if not found:
+        print(ABSENT, flush=True)
+    plan = Plan("full" if given.full else "quick", tuple(cores), python if found else None, given.vllm_eager)
+    measured = run(plan, given.dtype or DTYPES)
+    write_result(measured)
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    main()
