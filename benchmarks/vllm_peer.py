@@ -42,6 +42,7 @@ class VllmOptions:
     max_tokens: int
     max_sequences: int
     eager: bool
+    answer_s: float = ANSWER_S  # deadline of every request but the loading
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -88,6 +89,7 @@ class VllmPeer:
     def __init__(self, python: Path, model_dir: Path, options: VllmOptions, log: Path) -> None:
         """Raises VllmFailed if the engine does not come up."""
         self._log = log
+        self._answer_s = options.answer_s
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [python, CHILD],
@@ -115,19 +117,19 @@ class VllmPeer:
         self.settings = loaded.settings
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._ask({"op": "begin", "prompts": prompts}, ANSWER_S)
+        self._ask({"op": "begin", "prompts": prompts}, self._answer_s)
 
     def steps_s(self, count: int) -> list[float]:
-        return self._ask({"op": "steps", "count": count}, ANSWER_S).seconds
+        return self._ask({"op": "steps", "count": count}, self._answer_s).seconds
 
     def end(self) -> None:
-        self._ask({"op": "end"}, ANSWER_S)
+        self._ask({"op": "end"}, self._answer_s)
 
     def prefill_s(self, prompt: Sequence[int]) -> float:
-        return self._ask({"op": "prefill", "prompt": prompt}, ANSWER_S).seconds[0]
+        return self._ask({"op": "prefill", "prompt": prompt}, self._answer_s).seconds[0]
 
     def greedy_tokens(self, prompt: Sequence[int], count: int) -> list[int]:
-        return self._ask({"op": "tokens", "prompt": prompt, "count": count}, ANSWER_S).token_ids
+        return self._ask({"op": "tokens", "prompt": prompt, "count": count}, self._answer_s).token_ids
 
     def close(self) -> None:
         """Ends the child: by the end of its input, and by force if it does not follow."""
