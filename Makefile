@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= -r requirements/torch.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 UP_FLAGS ?=
-VLLM_VENV ?= build/peers/vllm
+VLLM_VENV ?= build/peers/vllm/.venv
 VLLM_TORCH ?= torch==2.13.0+cpu
 PYTEST_FLAGS ?=
 # One compute thread per test process: several of them share the cores. loadfile: a file's tests share their cluster.

@@ -18,8 +18,9 @@ from pathlib import Path
 import msgspec
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_PYTHON = ROOT / "build" / "peers" / "vllm" / "bin" / "python"
-CACHE = ROOT / "build" / "peers" / "cache"
+VENV = ROOT / "build" / "peers" / "vllm" / ".venv"  # what lies under a .venv counts nowhere as our source
+DEFAULT_PYTHON = VENV / "bin" / "python"
+CACHE = VENV / "cache"
 CHILD = Path(__file__).with_name("vllm_child.py")
 
 LOAD_S = 420.0  # imports and compiles; about 100 s on two cores
