@@ -21,13 +21,14 @@ DEV_STAMP := $(VENV)/.dev-ready
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(SERVE_STAMP): requirements/serve.txt requirements/torch.txt requirements/constraints.txt pyproject.toml
+$(SERVE_STAMP): requirements/serve.txt requirements/torch.txt requirements/constraints.txt pyproject.toml engine/kernels/kernels.cpp engine/kernels/build.py
 	@echo "setting up $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) -c requirements/constraints.txt $(TORCH)
 	@$(PIP_INSTALL) -c requirements/constraints.txt -r requirements/serve.txt setuptools
 	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@$(BIN)/python tools/link_servers.py
+	@$(BIN)/python -m engine.kernels.build
 	@touch $@
 
 $(DEV_STAMP): $(SERVE_STAMP) requirements/dev.txt

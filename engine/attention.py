@@ -58,6 +58,20 @@ def attend_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     return Partial(output.permute(2, 0, 1, 3).reshape(length, heads, dim), lse.permute(2, 0, 1).reshape(length, heads))
 
 
+def attend_masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Partial:
+    """query: [n, heads, dim]; key, value: [t, kv_heads, dim]; mask: [n, t] of the query's dtype, 0 or -inf.
+
+    No row may be masked entirely: its log-sum-exp would be wrong.
+    """
+    length, heads, dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    grouped = query.view(length, kv_heads, group, dim).permute(1, 2, 0, 3)
+    keys, values = (x.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, len(key), dim) for x in (key, value))
+    output, lse = _attend(grouped, keys, values, causal=False, mask=mask)
+    return Partial(output.permute(2, 0, 1, 3).reshape(length, heads, dim), lse.permute(2, 0, 1).reshape(length, heads))
+
+
 def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Partial:
     """One query per sequence over the keys of that sequence. query: [b, heads, dim]; key, value: [b, t, kv_heads, dim].
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.pool import BlockPool, PoolExhausted
@@ -15,7 +15,7 @@ from engine.protocol import KvEvicted, KvStored
 class Table:
     """Blocks of one sequence, in order. The first `stored` of them went to the index, or were found there."""
 
-    blocks: list[int]
+    blocks: array[int]  # int32: one step reads all tables, so they lie ready for numpy
     chain: KeyChain
     stored: int = 0
 
@@ -50,7 +50,7 @@ class BlockTables:
         if self.pool.available - self.pool.unheld(matched) - fresh < spare:
             return None
         self.pool.share(matched)
-        return Table([*matched, *self._allocate(fresh)], chain, len(matched))
+        return Table(array("i", [*matched, *self._allocate(fresh)]), chain, len(matched))
 
     def has_room(self, table: Table, position: int) -> bool:
         """Whether the token at `position` can be written without a new block."""
@@ -72,11 +72,11 @@ class BlockTables:
     def fork(self, table: Table) -> Table:
         """A second table over the same blocks, copy-on-write."""
         self.pool.share(table.blocks)
-        return Table(list(table.blocks), table.chain.fork(), table.stored)
+        return Table(table.blocks[:], table.chain.fork(), table.stored)
 
     def close(self, table: Table) -> None:
         self._release(table.blocks)
-        table.blocks.clear()
+        del table.blocks[:]
 
     def store(self, table: Table, tokens: array[int], computed: int) -> None:
         """The KV of the first `computed` tokens is final: full pages enter the index."""
@@ -108,7 +108,7 @@ class BlockTables:
             self._tell(KvEvicted(self._index.forget(block)))
         return blocks
 
-    def _release(self, blocks: list[int]) -> None:
+    def _release(self, blocks: Sequence[int]) -> None:
         self.pool.release(blocks, [block in self._index for block in blocks])
 
     def _tell(self, news: KvStored | KvEvicted) -> None:

@@ -10,28 +10,29 @@ import torch
 from torch.nn import functional as F
 
 from engine.model_spec import ModelSpec
-from engine.rotary import RotaryTable, rotate
+from engine.operations import Operations
+from engine.rotary import RotaryTable
 from engine.weights import ModelWeights
 
 
 class Decoder:
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, operations: Operations, device: torch.device) -> None:
         self.spec = spec
-        self.dtype = dtype
         self.device = device
         self._weights = weights
-        self._rotary = RotaryTable(spec.rope_theta, spec.head_dim, spec.rope_scaling, dtype, device)
+        self._operations = operations
+        self._rotary = RotaryTable(spec.rope_theta, spec.head_dim, spec.rope_scaling, operations.dtype, device)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n] int64 -> hidden [n, hidden]."""
-        return F.embedding(token_ids, self._weights.embedding)
+        return F.embedding(token_ids, self._weights.embedding).to(self._operations.dtype)
 
-    def rotary(self, positions: torch.Tensor, highest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for `pre`, once per step."""
+    def rotary(self, positions: torch.Tensor, highest: int) -> torch.Tensor:
+        """Cosines and sines [n, head_dim] for `pre`, once per step."""
         return self._rotary.rows(positions, highest)
 
     def pre(
-        self, layer: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+        self, layer: int, hidden: torch.Tensor, rotary: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [n, hidden] -> rotated q [n, heads, head_dim], rotated k and v [n, kv_heads, head_dim]."""
         spec, weights = self.spec, self._weights.layers[layer]
@@ -40,8 +41,8 @@ class Decoder:
         qkv = weights.qkv(normed).view(-1, rotated + spec.kv_heads, spec.head_dim)
         query_key = qkv[:, :rotated]
         if weights.qk_norm is not None:
-            query_key = self._head_norm(query_key, weights.qk_norm)
-        query_key = rotate(query_key, *rotary)
+            query_key = self._operations.norm(query_key, weights.qk_norm, spec.norm_eps)
+        query_key = self._operations.rotate(query_key, rotary)
         return query_key[:, : spec.heads], query_key[:, spec.heads :], qkv[:, rotated:]
 
     def post(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
@@ -55,14 +56,4 @@ class Decoder:
         return self._weights.head(self._norm(hidden, self._weights.final_norm)).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), weight, self.spec.norm_eps)
-        return weight * self._scaled(x)
-
-    def _head_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return weight * self._scaled(x)
-
-    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """x / rms(x) in float32, rounded before the weight is applied: the order that checkpoints were trained with."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps)).to(x.dtype)
+        return self._operations.norm(x, weight, self.spec.norm_eps)

@@ -188,7 +188,7 @@ class DispatchDesk:
     def _begin_decoding(self, state: DispatchState, command: Activate, absorb: Callable[[list[int]], None]) -> None:
         table = state.table
         assert table is not None
-        absorb(table.blocks[table.stored :])
+        absorb(table.blocks[table.stored :].tolist())
         tokens = _tokens(state.work)
         self._tables.store(table, tokens, len(tokens))
         state.phase = "active"

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.linear import Linear
+from engine.operations import Operations
 
 
 class FeedForward(Protocol):
@@ -25,10 +26,10 @@ class GatedUnit:
 
     gate_up: Linear
     down: Linear
+    operations: Operations
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.operations.gate(self.gate_up(hidden)))
 
     def linears(self) -> tuple[Linear, ...]:
         return self.gate_up, self.down

@@ -1,23 +1,29 @@
-"""Owns one linear projection: weight and bias on the compute device."""
+"""Owns one linear projection: weight and bias on the compute device, packed for the kernels where they compute."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
+from engine.kernels.library import Kernels
+
 
 class Linear:
-    """y = x W^T + b. weight: [out, in]."""
+    """y = x W^T + b. weight: [out, in]. The kernels compute in float32, over weights of the dtype they are stored in."""
 
-    __slots__ = ("bias", "weight")
+    __slots__ = ("_bias", "_columns", "_kernels", "_weight")
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight = weight
-        self.bias = bias
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: Kernels | None) -> None:
+        self._kernels = kernels
+        self._columns = len(weight)
+        self._weight = weight if kernels is None else kernels.pack(weight)
+        self._bias = bias if kernels is None or bias is None else bias.float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self._kernels is None:
+            return F.linear(x, self._weight, self._bias)
+        return self._kernels.linear(x, self._weight, self._bias, self._columns)
 
     @property
     def size_bytes(self) -> int:
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+        return self._weight.nbytes + (self._bias.nbytes if self._bias is not None else 0)

@@ -10,9 +10,11 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.decoder import Decoder
+from engine.kernels.library import Kernels, load_kernels
 from engine.kv_memory import TORCH_DTYPES, KvMemory, open_kv_memory
 from engine.model_source import model_directory
 from engine.model_spec import ModelSpec
+from engine.operations import KernelOperations, TorchOperations
 from engine.protocol import Layout
 from engine.weights import WeightReader
 from kv_transfer.keys import identity_digest
@@ -31,6 +33,7 @@ class LoadedModel:
     max_context_tokens: int
     weights_bytes: int
     load_seconds: float
+    kernels: Kernels | None  # None: torch computes
 
 
 def load_model(model: ModelConfig, engine: EngineConfig) -> tuple[LoadedModel, KvMemory]:
@@ -44,10 +47,13 @@ def load_model(model: ModelConfig, engine: EngineConfig) -> tuple[LoadedModel, K
     spec = ModelSpec.load(directory)
     max_context_tokens = spec.context_limit(model.max_context_tokens)
     layout = _layout(spec, dtype_name, engine)
+    dtype = TORCH_DTYPES[dtype_name]
+    kernels = _kernels(spec, engine, device)
+    operations = TorchOperations(dtype) if kernels is None else KernelOperations(kernels)
     with Checkpoint(directory) as checkpoint:
-        weights = WeightReader(checkpoint, spec, TORCH_DTYPES[dtype_name], device).model()
+        weights = WeightReader(checkpoint, spec, operations, dtype, device).model()
         identity = _identity(spec, checkpoint.digest(), dtype_name)
-    decoder = Decoder(spec, weights, TORCH_DTYPES[dtype_name], device)
+    decoder = Decoder(spec, weights, operations, device)
     memory = open_kv_memory(layout, device)
     loaded = LoadedModel(
         name=model.served_name or Path(model.path).name,
@@ -59,6 +65,7 @@ def load_model(model: ModelConfig, engine: EngineConfig) -> tuple[LoadedModel, K
         max_context_tokens=max_context_tokens,
         weights_bytes=weights.size_bytes(),
         load_seconds=time.monotonic() - start_s,
+        kernels=kernels,
     )
     return loaded, memory
 
@@ -68,6 +75,14 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise ConfigInvalid("model.device is cuda, but torch sees no CUDA device. Set model.device to cpu or auto.")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def _kernels(spec: ModelSpec, engine: EngineConfig, device: torch.device) -> Kernels | None:
+    """None where torch's operators compute: by configuration, on CUDA, or where no built kernel fits machine and model."""
+    if engine.kernels == "torch" or device.type != "cpu":
+        return None
+    kernels = load_kernels()
+    return kernels if kernels is not None and spec.head_dim % kernels.lanes == 0 else None
 
 
 def _layout(spec: ModelSpec, dtype_name: str, engine: EngineConfig) -> Layout:
@@ -97,6 +112,8 @@ def _identity(spec: ModelSpec, weights_digest: str, dtype_name: str) -> bytes:
             ("weights", weights_digest),
             ("kv_dtype", dtype_name),
             ("heads", f"{spec.heads}/{spec.kv_heads}x{spec.head_dim}"),
+            ("mlp", spec.mlp_identity()),
+            ("windows", repr(spec.windows)),
             ("norm_eps", repr(spec.norm_eps)),
             ("rope", spec.rope_identity()),
             ("adapter", ""),

@@ -91,7 +91,7 @@ class ModelSpec:
     tied: bool
     context_tokens: int
     eos_token_ids: tuple[int, ...]
-    sliding_window: int = 0  # 0 = none; else exact only for contexts of at most this many tokens
+    windows: tuple[int, ...] = ()  # per layer: how many positions a token sees, itself included; 0 = all
     rope_scaling: RopeScaling | None = None
     experts: ExpertsSpec | None = None
 
@@ -136,7 +136,7 @@ class ModelSpec:
             tied=fields.flag("tie_word_embeddings"),
             context_tokens=_context_tokens(fields.count("max_position_embeddings"), rope_scaling),
             eos_token_ids=_eos_ids(config, generation),
-            sliding_window=_sliding_window(config, family),
+            windows=_windows(config, family, fields),
             rope_scaling=rope_scaling,
             experts=_experts(config) if family == "qwen3_moe" else None,
         )
@@ -147,13 +147,7 @@ class ModelSpec:
             raise ConfigInvalid(
                 f"model.max_context_tokens is {asked}, but the model was made for {self.context_tokens} tokens."
             )
-        limit = asked or self.context_tokens
-        if self.sliding_window and limit > self.sliding_window:
-            raise ModelUnsupported(
-                f"sliding_window={self.sliding_window} is in effect for a context of {limit} tokens and is not supported. "
-                f"Set model.max_context_tokens to {self.sliding_window} or less."
-            )
-        return limit
+        return asked or self.context_tokens
 
     def rope_identity(self) -> str:
         """RoPE as a field of the KV identity."""
@@ -323,19 +317,28 @@ def _positive(value: object, name: str) -> float:
     return float(value)
 
 
-def _sliding_window(config: Json, family: Family) -> int:
-    """Size of the window if one may be in effect; `ModelSpec.context_limit` decides by the context."""
+def _windows(config: Json, family: Family, fields: _Fields) -> tuple[int, ...]:
+    """Window of each layer, as transformers builds the masks of each family."""
+    layers = fields.count("num_hidden_layers")
+    none = (0,) * layers
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise ModelUnsupported(f"layer_types {sorted(set(map(str, kinds)))} are not supported.")
-    if family == "llama":
-        return 0
+    if family == "llama" or (family != "mistral" and not config.get("use_sliding_window", False)):
+        return none
     window = config.get("sliding_window", 4096)  # the default of every family that has windows
-    if window is None or (family != "mistral" and not config.get("use_sliding_window", False)):
-        return 0
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+    if window is None:
+        return none
+    if isinstance(window, bool) or not isinstance(window, int) or not 0 < window <= _MAX_COUNT:
         raise ConfigInvalid(f"config.json: sliding_window must be a whole number or null, not {window!r}.")
-    return window
+    if family in ("mistral", "qwen3_moe"):
+        return (window,) * layers
+    if isinstance(kinds, list):
+        if len(kinds) != layers:
+            raise ConfigInvalid(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers is {layers}.")
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    full_layers = fields.count("max_window_layers", default=28)
+    return tuple(window if layer >= full_layers else 0 for layer in range(layers))
 
 
 def _experts(config: Json) -> ExpertsSpec:

@@ -13,8 +13,10 @@ import torch
 from engine.block_tables import BlockTables
 from engine.dispatch_desk import DispatchDesk
 from engine.forward import ForwardPass
+from engine.kernel_attention import KernelAttention
 from engine.kv_memory import KvMemory, copy_blocks
 from engine.loaded_model import LoadedModel, load_model
+from engine.paged_attention import PagedAttention
 from engine.pool import BlockPool
 from engine.protocol import (
     Activate,
@@ -40,6 +42,7 @@ from engine.schedule import Part, Schedule, StepPlan
 from engine.sequences import Sequence
 from engine.step_batch import StepBatch, build
 from engine.step_tokens import StepColumns
+from engine.torch_attention import TorchAttention
 from pdserve.errors import NoCapacity, PdserveError
 from service_kit.config import EngineConfig, ModelConfig
 
@@ -70,7 +73,7 @@ class NativeEngine:
         doorkeeper = Doorkeeper(model.max_context_tokens, layout.page_tokens, layout.blocks, model.spec.vocab)
         seed = secrets.randbits(64)
         self._desk = DispatchDesk(self._tables, self._schedule, doorkeeper, sink, time.monotonic, seed)
-        self._forward = ForwardPass(model.decoder, memory.pool)
+        self._forward = ForwardPass(model.decoder, _attention(model, memory, engine))
         self._sampler = Sampler(model.spec.vocab, model.spec.eos_token_ids, model.device)
         self._steps = 0
         self._step_ms = 0.0
@@ -309,6 +312,12 @@ def policy_of(engine: EngineConfig, blocks: int) -> SetPolicy:
     return SetPolicy(
         engine.token_budget, engine.max_running, engine.prefill_chunk, int(engine.decode_headroom * blocks)
     )
+
+
+def _attention(model: LoadedModel, memory: KvMemory, engine: EngineConfig) -> PagedAttention:
+    if model.kernels is None:
+        return TorchAttention(memory.pool, model.spec.windows)
+    return KernelAttention(memory.pool, model.kernels, model.spec.windows, share=engine.shared_prefix_attention)
 
 
 def _draw_of(sequence: Sequence, choice: int) -> Draw:

@@ -71,20 +71,13 @@ class RotaryTable:
         self._device = device
         self._cos_sin = self._table(_FIRST_ROWS)
 
-    def rows(self, positions: torch.Tensor, highest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [n, 1, head_dim / 2], for int64 `positions` [n], none above `highest`."""
+    def rows(self, positions: torch.Tensor, highest: int) -> torch.Tensor:
+        """[n, head_dim], cosines and then sines, for int64 `positions` [n], none above `highest`."""
         if highest >= len(self._cos_sin):
             self._cos_sin = self._table(1 << highest.bit_length())
-        cos, sin = self._cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
-        return cos, sin
+        return self._cos_sin.index_select(0, positions)
 
     def _table(self, rows: int) -> torch.Tensor:
         angles = torch.arange(rows, dtype=torch.float32).unsqueeze(1) * self._frequencies
         table = torch.cat([angles.cos(), angles.sin()], dim=-1) * self._magnitude
         return table.to(self._dtype).to(self._device)
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `heads` [n, heads, head_dim] by halves (first with second), as Llama checkpoints are laid out."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

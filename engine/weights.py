@@ -11,6 +11,7 @@ from engine.checkpoint import Checkpoint
 from engine.experts import Experts, FeedForward, GatedUnit
 from engine.linear import Linear
 from engine.model_spec import ModelSpec
+from engine.operations import Operations
 from pdserve.errors import ModelUnsupported
 
 
@@ -45,9 +46,12 @@ class ModelWeights:
 class WeightReader:
     """Reads the tensors of `checkpoint` by their Hugging Face names, in the shapes that `spec` asks for."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, spec: ModelSpec, operations: Operations, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
+        self._operations = operations
         self._dtype = dtype
         self._device = device
         self._read: set[str] = set()
@@ -57,10 +61,10 @@ class WeightReader:
         spec = self._spec
         embedding = self._tensor("model.embed_tokens.weight", spec.vocab, spec.hidden)
         layers = tuple(self._layer(number) for number in range(spec.layers))
-        final_norm = self._tensor("model.norm.weight", spec.hidden)
+        final_norm = self._norm("model.norm.weight", spec.hidden)
         head = embedding if spec.tied else self._tensor("lm_head.weight", spec.vocab, spec.hidden)
         self._refuse_the_rest()
-        return ModelWeights(embedding, layers, final_norm, Linear(head, None))
+        return ModelWeights(embedding, layers, final_norm, self._operations.linear(head, None))
 
     def _layer(self, number: int) -> LayerWeights:
         spec = self._spec
@@ -69,11 +73,11 @@ class WeightReader:
         q_rows, kv_rows = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         qkv_parts = [(attention + "q_proj", q_rows), (attention + "k_proj", kv_rows), (attention + "v_proj", kv_rows)]
         return LayerWeights(
-            input_norm=self._tensor(prefix + "input_layernorm.weight", spec.hidden),
+            input_norm=self._norm(prefix + "input_layernorm.weight", spec.hidden),
             qkv=self._linear(qkv_parts, spec.hidden, spec.qkv_bias),
             qk_norm=self._qk_norm(attention) if spec.qk_norm else None,
             output=self._linear([(attention + "o_proj", spec.hidden)], q_rows, spec.output_bias),
-            post_norm=self._tensor(prefix + "post_attention_layernorm.weight", spec.hidden),
+            post_norm=self._norm(prefix + "post_attention_layernorm.weight", spec.hidden),
             mlp=self._mlp(number, prefix + "mlp."),
         )
 
@@ -93,19 +97,23 @@ class WeightReader:
         return GatedUnit(
             gate_up=self._linear(gate_up_parts, self._spec.hidden, bias),
             down=self._linear([(prefix + "down_proj", self._spec.hidden)], intermediate, bias),
+            operations=self._operations,
         )
 
     def _qk_norm(self, attention: str) -> torch.Tensor:
         """One weight row per query and key head, so that both are normalised in one call."""
         spec = self._spec
-        query = self._tensor(attention + "q_norm.weight", spec.head_dim).expand(spec.heads, -1)
-        key = self._tensor(attention + "k_norm.weight", spec.head_dim).expand(spec.kv_heads, -1)
+        query = self._norm(attention + "q_norm.weight", spec.head_dim).expand(spec.heads, -1)
+        key = self._norm(attention + "k_norm.weight", spec.head_dim).expand(spec.kv_heads, -1)
         return torch.cat([query, key])
 
     def _linear(self, parts: Sequence[tuple[str, int]], columns: int, bias: bool) -> Linear:
         weight = torch.cat([self._tensor(f"{name}.weight", rows, columns) for name, rows in parts])
         biases = [self._tensor(f"{name}.bias", rows) for name, rows in parts] if bias else []
-        return Linear(weight, torch.cat(biases) if biases else None)
+        return self._operations.linear(weight, torch.cat(biases) if biases else None)
+
+    def _norm(self, name: str, count: int) -> torch.Tensor:
+        return self._tensor(name, count).to(self._operations.dtype)
 
     def _tensor(self, name: str, *shape: int) -> torch.Tensor:
         self._read.add(name)

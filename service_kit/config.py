@@ -42,6 +42,12 @@ class EngineConfig(Section):
     )
     prefix_reuse: bool = Field(default=True, description="Reuse KV of equal prefixes inside a worker.")
     threads: int = Field(default=0, ge=0, description="Compute threads of one worker; 0 = cores divided by workers.")
+    kernels: Literal["auto", "torch"] = Field(
+        default="auto", description="On the CPU: auto = the C++ kernels where they are built, else torch's operators."
+    )
+    shared_prefix_attention: bool = Field(
+        default=True, description="Read a prefix that running sequences share once for all of them (Hydragen)."
+    )
 
 
 class TransferConfig(Section):

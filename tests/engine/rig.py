@@ -80,7 +80,7 @@ def families() -> dict[str, Family]:
         ),
         "qwen2": Family(Qwen2ForCausalLM, Qwen2Config.from_dict({**SMALL, "tie_word_embeddings": True})),
         "qwen3": Family(
-            Qwen3ForCausalLM, Qwen3Config.from_dict({**SMALL, "head_dim": 24, "tie_word_embeddings": False})
+            Qwen3ForCausalLM, Qwen3Config.from_dict({**SMALL, "head_dim": 48, "tie_word_embeddings": False})
         ),
         "llama-llama3": Family(
             LlamaForCausalLM, LlamaConfig.from_dict({**SMALL, "tie_word_embeddings": True, "rope_parameters": LLAMA3})
@@ -93,6 +93,13 @@ def families() -> dict[str, Family]:
         ),
         "qwen3-yarn": Family(
             Qwen3ForCausalLM, Qwen3Config.from_dict({**SMALL, "head_dim": 24, "rope_parameters": YARN})
+        ),
+        "mistral-window": Family(
+            MistralForCausalLM, MistralConfig.from_dict({**SMALL, "sliding_window": 200, "head_dim": 32})
+        ),
+        "qwen2-window": Family(
+            Qwen2ForCausalLM,
+            Qwen2Config.from_dict({**SMALL, "use_sliding_window": True, "sliding_window": 33, "max_window_layers": 1}),
         ),
         "qwen3_moe": Family(Qwen3MoeForCausalLM, Qwen3MoeConfig.from_dict({**SMALL, **EXPERTS, "head_dim": 24})),
         "qwen3_moe-normalised": Family(
@@ -190,7 +197,7 @@ def work(
 
 def open_native(
     model_dir: Path,
-    settings: Mapping[str, int | bool] | None = None,
+    settings: Mapping[str, int | bool | str] | None = None,
     *,
     kv_bytes: int = 16 * MIB,
     dtype: str = "float32",

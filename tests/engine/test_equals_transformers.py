@@ -76,10 +76,16 @@ def assert_greedy(checked: Checked, prompt: Sequence[int], recorder: Recorder, k
 
 
 @pytest.mark.parametrize(
-    "settings", [{"prefill_chunk": 512}, {"prefill_chunk": 48, "block_tokens": 32}, {"prefill_chunk": 0}]
+    "settings",
+    [
+        {"prefill_chunk": 512},
+        {"prefill_chunk": 48, "block_tokens": 32},
+        {"prefill_chunk": 0},
+        {"prefill_chunk": 512, "kernels": "torch"},
+    ],
 )
 @pytest.mark.parametrize("name", MODELS)
-def test_a_mixed_batch_of_all_lengths(models: dict[str, Checked], name: str, settings: dict[str, int]) -> None:
+def test_a_mixed_batch_of_all_lengths(models: dict[str, Checked], name: str, settings: dict[str, int | str]) -> None:
     checked = models[name]
     engine, recorder = open_native(checked.directory, settings, kv_bytes=64 * MIB)
     prompts = prompts_of(checked, LENGTHS)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.experts import Experts, GatedUnit
-from engine.linear import Linear
+from engine.operations import TorchOperations
 
 HIDDEN, WIDE, COUNT = 24, 40, 8
 
@@ -43,10 +43,13 @@ def case(per_token: int, *, normalised: bool, dtype: torch.dtype = torch.float32
     def weight(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=source) * 0.3).to(dtype)
 
+    torch_ops = TorchOperations(dtype)
     router = weight(COUNT, HIDDEN)
     pairs = [(weight(2 * WIDE, HIDDEN), weight(HIDDEN, WIDE)) for _ in range(COUNT)]
-    units = tuple(GatedUnit(Linear(gate_up, None), Linear(down, None)) for gate_up, down in pairs)
-    return Case(Experts(Linear(router, None), units, per_token, normalised), router, pairs)
+    units = tuple(
+        GatedUnit(torch_ops.linear(gate_up, None), torch_ops.linear(down, None), torch_ops) for gate_up, down in pairs
+    )
+    return Case(Experts(torch_ops.linear(router, None), units, per_token, normalised), router, pairs)
 
 
 def tokens(count: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from engine.checkpoint import Checkpoint
 from engine.model_source import model_directory
 from engine.model_spec import FAMILIES, ModelSpec
+from engine.operations import TorchOperations
 from engine.rotary import RotaryTable, frequencies
 from engine.weights import WeightReader
 from pdserve.errors import ConfigInvalid, ModelUnsupported
@@ -162,7 +163,7 @@ def test_frequencies_are_those_of_transformers_to_the_last_bit(section: dict[str
     assert torch.equal(frequencies(read.rope_theta, 64, read.rope_scaling), reference.inv_freq)
     table = RotaryTable(read.rope_theta, 64, read.rope_scaling, torch.float32, torch.device("cpu"))
     positions = torch.tensor([0, 1, 255, 256, 5000])
-    cos, sin = table.rows(positions, 5000)
+    cos, sin = table.rows(positions, 5000).unsqueeze(1).chunk(2, dim=-1)
     expected_cos, expected_sin = reference(torch.zeros(1), positions[None])
     torch.testing.assert_close(cos[:, 0], expected_cos[0, :, :32], atol=1e-6, rtol=0)
     torch.testing.assert_close(sin[:, 0], expected_sin[0, :, :32], atol=1e-6, rtol=0)
@@ -212,14 +213,19 @@ def test_end_tokens_are_those_of_the_generation_config_where_there_is_one() -> N
         spec({"eos_token_id": "end"})
 
 
-def test_a_sliding_window_is_exact_only_within_it() -> None:
-    windowed = spec({"model_type": "mistral", "sliding_window": 64})
-    assert windowed.context_limit(64) == 64
-    with pytest.raises(ModelUnsupported, match="sliding_window=64"):
-        windowed.context_limit(0)
-    unused = spec({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False})
-    assert unused.context_limit(0) == 128
-    assert spec({"model_type": "qwen2", "use_sliding_window": True}).sliding_window == 4096
+def test_the_window_of_every_layer_is_that_of_transformers() -> None:
+    layers = spec({"model_type": "llama"}).layers
+    assert spec({"model_type": "mistral", "sliding_window": 64}).windows == (64,) * layers
+    assert spec({"model_type": "mistral", "sliding_window": None}).windows == (0,) * layers
+    assert spec({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False}).windows == (0,) * layers
+    late = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    assert spec(late).windows == (0,) + (4096,) * (layers - 1)
+    kinds = ["sliding_attention"] + ["full_attention"] * (layers - 1)
+    assert spec({**late, "model_type": "qwen3", "layer_types": kinds}).windows == (4096,) + (0,) * (layers - 1)
+    with pytest.raises(ConfigInvalid, match="layer_types"):
+        spec({**late, "layer_types": [*kinds, "full_attention"]})
+    with pytest.raises(ConfigInvalid, match="sliding_window"):
+        spec({"model_type": "mistral", "sliding_window": 0})
 
 
 def test_a_context_beyond_the_models_own_is_refused() -> None:
@@ -263,7 +269,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(directory: Path, spec_of: Path) -> None:
     with Checkpoint(directory) as checkpoint:
-        WeightReader(checkpoint, ModelSpec.load(spec_of), torch.float32, torch.device("cpu")).model()
+        operations = TorchOperations(torch.float32)
+        WeightReader(checkpoint, ModelSpec.load(spec_of), operations, torch.float32, torch.device("cpu")).model()
 
 
 def changed(llama: Path, directory: Path, changes: dict[str, torch.Tensor | None]) -> Path:

@@ -1,0 +1,585 @@
+// Paged attention and linear layers on the CPU, in float32 over weights and KV of float32 or bfloat16.
+//
+// One rule holds everywhere: a number is summed in one fixed order, whatever else is in the batch. A product of a row and a
+// column runs along their length; attention runs over keys in chunks of CHUNK from position 0, in a chunk over tiles of TILE,
+// and chunks are merged from left to right. So a row's result has the same bits alone, in any batch, in any chunk of a prompt,
+// and with its prefix shared with other rows (Hydragen, arXiv 2402.05099) or not.
+//
+// Built once per instruction set by build.py; plain C interface, pointers checked by the caller (engine/kernels/library.py).
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int WIDE = 4;  // vectors of a panel: 24 sums of 32 registers
+#else
+constexpr int LANES = 8;
+constexpr int WIDE = 2;
+#endif
+constexpr int PANEL = LANES * WIDE;  // columns of a packed weight, query vectors of an attention task
+constexpr int GEMM_ROWS = 6;
+constexpr int TILE = 48;    // keys between two updates of the running softmax
+constexpr int CHUNK = 768;  // keys of one partial result
+
+typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t VecInt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t VecBits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+static inline __attribute__((always_inline)) Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+static inline __attribute__((always_inline)) Vec load(const uint16_t* from) {
+  VecBits wide = __builtin_convertvector(*reinterpret_cast<const VecHalf*>(from), VecBits) << 16;
+  Vec out;
+  std::memcpy(&out, &wide, sizeof out);
+  return out;
+}
+static inline __attribute__((always_inline)) void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+static inline __attribute__((always_inline)) Vec splat(float value) { return value - Vec{}; }
+
+// e^x for x <= 0, 0 below -87: degree 6, relative error below 2e-7.
+static inline __attribute__((always_inline)) Vec exp_negative(Vec x) {
+  const Vec clamped = x < splat(-87.0f) ? splat(-87.0f) : x;
+  const Vec shifted = clamped * splat(1.44269504f) + splat(12582912.0f);  // the nearest integer, in the lowest bits
+  const Vec whole = shifted - splat(12582912.0f);
+  const Vec rest = clamped - whole * splat(0.693359375f) + whole * splat(2.12194440e-4f);
+  Vec sum = splat(1.9875691500e-4f);
+  sum = sum * rest + splat(1.3981999507e-3f);
+  sum = sum * rest + splat(8.3334519073e-3f);
+  sum = sum * rest + splat(4.1665795894e-2f);
+  sum = sum * rest + splat(1.6666665459e-1f);
+  sum = sum * rest + splat(5.0000001201e-1f);
+  sum = sum * rest * rest + rest + splat(1.0f);
+  VecBits bits, power;
+  std::memcpy(&bits, &sum, sizeof bits);
+  std::memcpy(&power, &shifted, sizeof power);
+  bits += power << 23;
+  std::memcpy(&sum, &bits, sizeof sum);
+  return x < splat(-87.0f) ? Vec{} : sum;
+}
+
+static inline __attribute__((always_inline)) void store_line(float* to, const float* from, int count) {
+  std::memcpy(to, from, count * sizeof(float));
+}
+// To bfloat16, to the nearest, ties to even; NaN stays NaN.
+static inline __attribute__((always_inline)) void store_line(uint16_t* to, const float* from, int count) {
+  for (int i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+  }
+}
+
+// ---- small operations, one row after the other
+
+constexpr long ROWS_FOR_THREADS = 16;  // fewer are done before other threads would wake up
+
+static void norm_row(const float* x, long count, const float* weight, float eps, float* y) {
+  Vec sums = Vec{};
+  long i = 0;
+  for (; i + LANES <= count; i += LANES) sums += load(x + i) * load(x + i);
+  float sum = 0.0f;
+  for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+  for (; i < count; i++) sum += x[i] * x[i];
+  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(count) + eps);
+  for (i = 0; i + LANES <= count; i += LANES) store(y + i, load(weight + i) * (load(x + i) * splat(factor)));
+  for (; i < count; i++) y[i] = weight[i] * (x[i] * factor);
+}
+
+// silu(gate) * up for one row of [gate, up].
+static void gate_row(const float* gate_up, long count, float* y) {
+  const float* up = gate_up + count;
+  for (long i = 0; i < count; i += LANES) {
+    float gates[LANES] = {}, ups[LANES] = {}, out[LANES];
+    const long here = std::min<long>(LANES, count - i);
+    std::memcpy(gates, gate_up + i, here * sizeof(float));
+    std::memcpy(ups, up + i, here * sizeof(float));
+    const Vec gate = load(gates), small = exp_negative(gate < Vec{} ? gate : -gate);
+    const Vec one = splat(1.0f);
+    store(out, gate * ((gate < Vec{} ? small : one) / (one + small)) * load(ups));
+    std::memcpy(y + i, out, here * sizeof(float));
+  }
+}
+
+// Rotates the heads of one row by halves, in place.
+static void rotate_row(float* heads, long count, long dim, const float* cosines, const float* sines) {
+  const long half = dim / 2;
+  for (long h = 0; h < count; h++)
+    for (long i = 0; i < half; i++) {
+      float *first = heads + h * dim + i, *second = first + half;
+      const float x = *first, y = *second;
+      *first = x * cosines[i] - y * sines[i];
+      *second = y * cosines[i] + x * sines[i];
+    }
+}
+
+// ---- linear layers
+
+// ROWS x PANEL of y = x W^T + b; W packed as [k][PANEL].
+template <int ROWS, typename Weight>
+static inline __attribute__((always_inline)) void panel_rows(const float* x, long x_stride, const Weight* w, long k_count,
+                                                             const float* bias, float* y, long y_stride, long columns) {
+  Vec sum[ROWS][WIDE];
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < WIDE; v++) sum[r][v] = Vec{};
+  for (long k = 0; k < k_count; k++) {
+    Vec column[WIDE];
+    for (int v = 0; v < WIDE; v++) column[v] = load(w + k * PANEL + v * LANES);
+    for (int r = 0; r < ROWS; r++) {
+      Vec value = splat(x[r * x_stride + k]);
+      for (int v = 0; v < WIDE; v++) sum[r][v] += value * column[v];
+    }
+  }
+  float line[PANEL];
+  for (int r = 0; r < ROWS; r++) {
+    for (int v = 0; v < WIDE; v++) store(line + v * LANES, sum[r][v]);
+    for (long c = 0; c < columns; c++) y[r * y_stride + c] = line[c] + (bias ? bias[c] : 0.0f);
+  }
+}
+
+template <typename Weight>
+static void panel(const float* x, long rows, const Weight* w, long k_count, const float* bias, float* y, long y_stride,
+                  long columns) {
+  long row = 0;
+  for (; row + GEMM_ROWS <= rows; row += GEMM_ROWS)
+    panel_rows<GEMM_ROWS>(x + row * k_count, k_count, w, k_count, bias, y + row * y_stride, y_stride, columns);
+  const float* rest = x + row * k_count;
+  float* out = y + row * y_stride;
+  switch (rows - row) {
+    case 1: panel_rows<1>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
+    case 2: panel_rows<2>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
+    case 3: panel_rows<3>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
+    case 4: panel_rows<4>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
+    case 5: panel_rows<5>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
+  }
+}
+
+constexpr long ROWS_PER_TASK = 96;  // at least; more where panels alone keep the threads busy
+constexpr long WIDEN_FROM_ROWS = 13;  // more than two row blocks: widening the panel once pays
+
+static void linear_task(const float* x, long rows, const void* w, bool half, long k_count, const float* bias, float* y,
+                        long y_stride, long columns, std::vector<float>& scratch) {
+  if (!half) {
+    panel(x, rows, static_cast<const float*>(w), k_count, bias, y, y_stride, columns);
+  } else if (rows < WIDEN_FROM_ROWS) {
+    panel(x, rows, static_cast<const uint16_t*>(w), k_count, bias, y, y_stride, columns);
+  } else {
+    const uint16_t* narrow = static_cast<const uint16_t*>(w);
+    scratch.resize(k_count * PANEL);
+    for (long i = 0; i < k_count * PANEL; i += LANES) store(scratch.data() + i, load(narrow + i));
+    panel(x, rows, scratch.data(), k_count, bias, y, y_stride, columns);
+  }
+}
+
+// ---- attention
+
+struct Attention {
+  const float* query;      // [rows, heads, dim], rows query_stride apart
+  long query_stride;
+  const void* pool;        // one layer: [block, k or v, page token, kv_head, dim]
+  bool half;               // bfloat16, else float32
+  int heads, kv_heads, dim, page_tokens;
+  float scale;
+  const int32_t* begins;   // [rows] first visible position
+  const int32_t* ends;     // [rows] one past the last visible position
+  // Tasks: query rows that read the same keys, and the chunks they read.
+  int tasks;
+  const int32_t* task_rows;    // [tasks] start in `rows`
+  const int32_t* task_counts;  // [tasks]
+  const int32_t* task_blocks;  // [tasks] start in `blocks`: the block of position 0 of the sequence
+  const int32_t* task_chunks;  // [tasks, 2] first chunk and one past the last
+  const int32_t* task_slots;   // [tasks] start in `slots`, or -1: the output is complete
+  const int32_t* rows;
+  const int32_t* blocks;
+  const int32_t* slots;        // where each row of a task puts its partial result
+  float* partial;              // [slots, heads, dim]
+  float* partial_lse;          // [slots, heads]
+  float* output;               // [rows, heads, dim]
+};
+
+static inline int vectors_of(int queries) { return (queries + LANES - 1) / LANES; }
+
+// Up to PANEL queries of a task. They are columns, so that a lane is a query and no sum crosses lanes.
+struct Panel {
+  std::vector<float> query, sum, merged;
+  int kv_head, first, queries;  // the queries [first, first + queries) of the task
+  float highest[PANEL], total[PANEL], lse[PANEL], merged_lse[PANEL];
+  int32_t begin[PANEL], end[PANEL];
+  int32_t least_begin, most_begin, least_end, most_end;
+};
+
+constexpr int MOST_PANELS = 4;  // of one thread: of one KV head, whose keys they read together, or of neighbouring KV heads
+
+// Scratch of one thread.
+struct Scratch {
+  Panel panels[MOST_PANELS];
+  int used;
+  std::vector<float> key, value, score;
+};
+
+// scores[t][v] of TOKENS keys against VECTORS vectors of queries.
+template <int TOKENS, int VECTORS>
+static inline __attribute__((always_inline)) void score_tokens(const float* query, const float* key, int dim,
+                                                               float* score) {
+  Vec sum[TOKENS][VECTORS];
+  for (int t = 0; t < TOKENS; t++)
+    for (int v = 0; v < VECTORS; v++) sum[t][v] = Vec{};
+  for (int d = 0; d < dim; d++) {
+    Vec column[VECTORS];
+    for (int v = 0; v < VECTORS; v++) column[v] = load(query + d * VECTORS * LANES + v * LANES);
+    for (int t = 0; t < TOKENS; t++) {
+      Vec value = splat(key[t * dim + d]);
+      for (int v = 0; v < VECTORS; v++) sum[t][v] += value * column[v];
+    }
+  }
+  for (int t = 0; t < TOKENS; t++)
+    for (int v = 0; v < VECTORS; v++) store(score + t * PANEL + v * LANES, sum[t][v]);
+}
+
+template <int VECTORS>
+static void score_tile(const float* query, const float* key, int tokens, int dim, float* score) {
+  constexpr int TOKENS = VECTORS < WIDE ? 8 : 6;
+  for (int t = 0; t < tokens; t += TOKENS) score_tokens<TOKENS, VECTORS>(query, key + t * dim, dim, score + t * PANEL);
+}
+
+// sum[q][d] += p[t][q] * value[t][d] for ROWS queries and VECTORS vectors of d.
+template <int ROWS, int VECTORS>
+static inline __attribute__((always_inline)) void add_values(const float* score, const float* value, int dim, int tokens,
+                                                             float* sum) {
+  Vec total[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) total[r][v] = load(sum + r * dim + v * LANES);
+  for (int t = 0; t < tokens; t++) {
+    Vec line[VECTORS];
+    for (int v = 0; v < VECTORS; v++) line[v] = load(value + t * dim + v * LANES);
+    for (int r = 0; r < ROWS; r++) {
+      Vec weight = splat(score[t * PANEL + r]);
+      for (int v = 0; v < VECTORS; v++) total[r][v] += weight * line[v];
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) store(sum + r * dim + v * LANES, total[r][v]);
+}
+
+template <int VECTORS>
+static void add_values_of(const float* score, const float* value, int dim, int tokens, int queries, float* sum) {
+  int q = 0;
+  for (; q + 6 <= queries; q += 6) add_values<6, VECTORS>(score + q, value, dim, tokens, sum + q * dim);
+  switch (queries - q) {
+    case 1: add_values<1, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
+    case 2: add_values<2, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
+    case 3: add_values<3, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
+    case 4: add_values<4, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
+    case 5: add_values<5, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
+  }
+}
+
+static void add_all_values(const float* score, const float* value, int dim, int tokens, int queries, float* sum) {
+  int d = 0;
+  for (; d + WIDE * LANES <= dim; d += WIDE * LANES) add_values_of<WIDE>(score, value + d, dim, tokens, queries, sum + d);
+  for (; d < dim; d += LANES) add_values_of<1>(score, value + d, dim, tokens, queries, sum + d);
+}
+
+// Copies the keys and values of a tile side by side, widened: lines of the pool lie far apart, and a copy waits for many of
+// them at once where sums over them would wait for one after the other. Keys past the last token stay what they were: masked.
+template <typename Element>
+static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Scratch& s) {
+  const long line = static_cast<long>(a.kv_heads) * a.dim, to_value = line * a.page_tokens;
+  const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * a.dim;
+  int page = position / a.page_tokens, offset = position % a.page_tokens;
+  for (int t = 0; t < tokens; page++, offset = 0) {
+    const Element* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
+    for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line)
+      for (int d = 0; d < a.dim; d += LANES) {
+        store(s.key.data() + t * a.dim + d, load(from + d));
+        store(s.value.data() + t * a.dim + d, load(from + to_value + d));
+      }
+  }
+}
+
+// Scores of keys that a query does not see become -inf.
+static void mask_tile(long position, int tokens, const Panel& p, float* scores) {
+  for (int first = 0; first < p.queries; first += LANES) {
+    const VecInt begin = *reinterpret_cast<const VecInt*>(p.begin + first), end = *reinterpret_cast<const VecInt*>(p.end + first);
+    for (int t = 0; t < tokens; t++) {
+      const VecInt here = VecInt{} + static_cast<int32_t>(position + t);
+      float* place = scores + t * PANEL + first;
+      store(place, ((here >= begin) & (here < end)) ? load(place) : splat(-INFINITY));
+    }
+  }
+}
+
+// The running softmax over one tile: turns scores into weights, rescales what was summed before.
+static void weigh_tile(int dim, int tokens, Panel& p, float* scores) {
+  for (int first = 0; first < p.queries; first += LANES) {
+    const Vec none = splat(-INFINITY), before = load(p.highest + first);
+    Vec highest = before;
+    for (int t = 0; t < tokens; t++) {
+      const Vec score = load(scores + t * PANEL + first);
+      highest = score > highest ? score : highest;
+    }
+    const Vec base = highest == none ? Vec{} : highest;  // nothing visible yet: all weights are 0
+    const Vec keep = exp_negative(before - base);
+    Vec total = load(p.total + first) * keep;
+    for (int t = 0; t < tokens; t++) {
+      float* place = scores + t * PANEL + first;
+      const Vec weight = exp_negative(load(place) - base);
+      store(place, weight);
+      total += weight;
+    }
+    store(p.highest + first, highest);
+    store(p.total + first, total);
+    float factor[LANES];
+    store(factor, keep);
+    for (int q = first; q < std::min(p.queries, first + LANES); q++)
+      if (factor[q - first] != 1.0f)
+        for (int d = 0; d < dim; d += LANES) {
+          float* place = p.sum.data() + q * dim + d;
+          store(place, load(place) * splat(factor[q - first]));
+        }
+  }
+}
+
+static void attend_tile(int dim, long position, int tokens, Panel& p, Scratch& s) {
+  float* scores = s.score.data();
+  switch (vectors_of(p.queries)) {
+    case 1: score_tile<1>(p.query.data(), s.key.data(), tokens, dim, scores); break;
+    case 2: score_tile<2>(p.query.data(), s.key.data(), tokens, dim, scores); break;
+#if defined(__AVX512F__)
+    case 3: score_tile<3>(p.query.data(), s.key.data(), tokens, dim, scores); break;
+    default: score_tile<4>(p.query.data(), s.key.data(), tokens, dim, scores); break;
+#endif
+  }
+  if (position < p.most_begin || position + tokens > p.least_end) mask_tile(position, tokens, p, scores);
+  weigh_tile(dim, tokens, p, scores);
+  add_all_values(scores, s.value.data(), dim, tokens, p.queries, p.sum.data());
+}
+
+// `sum` and `lse` of every panel over the keys of one chunk; -inf where a query sees none of them.
+static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, Scratch& s) {
+  int32_t last = 0, first = INT32_MAX;
+  for (int i = 0; i < s.used; i++) {
+    Panel& p = s.panels[i];
+    last = std::max(last, p.most_end);
+    first = std::min(first, p.least_begin);
+    std::fill(p.sum.begin(), p.sum.begin() + p.queries * a.dim, 0.0f);
+    std::fill(p.highest, p.highest + PANEL, -INFINITY);
+    std::fill(p.total, p.total + PANEL, 0.0f);
+  }
+  const long stop = std::min<long>(static_cast<long>(chunk + 1) * CHUNK, last);
+  for (long position = static_cast<long>(chunk) * CHUNK; position < stop; position += TILE) {
+    const int tokens = static_cast<int>(std::min<long>(TILE, stop - position));
+    if (position + tokens <= first) continue;
+    int copied = -1;
+    for (int i = 0; i < s.used; i++) {
+      Panel& p = s.panels[i];
+      if (position >= p.most_end) continue;
+      if (p.kv_head != copied) {
+        if (a.half) copy_tile<uint16_t>(a, blocks, p.kv_head, static_cast<int>(position), tokens, s);
+        else copy_tile<float>(a, blocks, p.kv_head, static_cast<int>(position), tokens, s);
+        copied = p.kv_head;
+      }
+      attend_tile(a.dim, position, tokens, p, s);
+    }
+  }
+  for (int i = 0; i < s.used; i++) {
+    Panel& p = s.panels[i];
+    for (int q = 0; q < p.queries; q++) {
+      const bool any = p.total[q] > 0.0f;
+      p.lse[q] = any ? p.highest[q] + std::log(p.total[q]) : -INFINITY;
+      const float inverse = any ? 1.0f / p.total[q] : 0.0f;
+      for (int d = 0; d < a.dim; d += LANES) {
+        float* place = p.sum.data() + q * a.dim + d;
+        store(place, load(place) * splat(inverse));
+      }
+    }
+  }
+}
+
+// Adds the partial (output, lse) to what was merged before it. An empty side changes nothing.
+// Never inlined: another copy might round in another order.
+static __attribute__((noinline)) void merge(float* merged, float& merged_lse, const float* partial, float lse, int dim) {
+  if (lse == -INFINITY) return;
+  if (merged_lse == -INFINITY) {
+    std::memcpy(merged, partial, dim * sizeof(float));
+    merged_lse = lse;
+    return;
+  }
+  const float highest = std::max(merged_lse, lse);
+  const float before = std::exp(merged_lse - highest), now = std::exp(lse - highest), total = before + now;
+  const Vec keep = splat(before / total), add = splat(now / total);
+  for (int d = 0; d < dim; d += LANES) store(merged + d, keep * load(merged + d) + add * load(partial + d));
+  merged_lse = highest + std::log(total);
+}
+
+// Reads the queries [first, first + queries) of a task: (row, head of the group) one after the other, scaled.
+static void open_panel(const Attention& a, const int32_t* rows, int kv_head, int first, int queries, Panel& p) {
+  const int group = a.heads / a.kv_heads, width = vectors_of(queries) * LANES;
+  p.kv_head = kv_head;
+  p.first = first;
+  p.queries = queries;
+  p.query.assign(static_cast<size_t>(a.dim) * width, 0.0f);
+  p.sum.resize(static_cast<size_t>(PANEL) * a.dim);
+  p.merged.assign(static_cast<size_t>(queries) * a.dim, 0.0f);
+  std::fill(p.merged_lse, p.merged_lse + PANEL, -INFINITY);
+  std::fill(p.begin, p.begin + PANEL, 0);
+  std::fill(p.end, p.end + PANEL, 0);
+  for (int q = 0; q < queries; q++) {
+    const int row = rows[(first + q) / group], head = kv_head * group + (first + q) % group;
+    const float* from = a.query + row * a.query_stride + static_cast<long>(head) * a.dim;
+    for (int d = 0; d < a.dim; d++) p.query[static_cast<size_t>(d) * width + q] = from[d] * a.scale;
+    p.begin[q] = a.begins[row];
+    p.end[q] = a.ends[row];
+  }
+  p.least_begin = *std::min_element(p.begin, p.begin + queries);
+  p.most_begin = *std::max_element(p.begin, p.begin + queries);
+  p.least_end = *std::min_element(p.end, p.end + queries);
+  p.most_end = *std::max_element(p.end, p.end + queries);
+}
+
+static void close_panel(const Attention& a, int task, const Panel& p) {
+  const int group = a.heads / a.kv_heads;
+  const bool partial = a.task_slots[task] >= 0;
+  for (int q = 0; q < p.queries; q++) {
+    const int member = (p.first + q) / group;
+    const long line = partial ? a.slots[a.task_slots[task] + member] : a.rows[a.task_rows[task] + member];
+    const long place = line * a.heads + p.kv_head * group + (p.first + q) % group;
+    std::memcpy((partial ? a.partial : a.output) + place * a.dim, p.merged.data() + q * a.dim, a.dim * sizeof(float));
+    if (partial) a.partial_lse[place] = p.merged_lse[q];
+  }
+}
+
+// A unit of work: the queries from `first` on of one task, so many panels of them, for so many KV heads.
+struct Unit {
+  int task, kv_head, heads, first, panels;
+};
+
+static void attention_unit(const Attention& a, const Unit& unit, Scratch& s) {
+  const int task = unit.task, all = a.task_counts[task] * (a.heads / a.kv_heads);
+  s.key.resize(static_cast<size_t>(TILE) * a.dim);
+  s.value.resize(static_cast<size_t>(TILE) * a.dim);
+  s.score.resize(static_cast<size_t>(TILE) * PANEL);
+  s.used = 0;
+  for (int head = unit.kv_head; head < unit.kv_head + unit.heads; head++)
+    for (int i = 0, q = unit.first; i < unit.panels && q < all; i++, q += PANEL)
+      open_panel(a, a.rows + a.task_rows[task], head, q, std::min(PANEL, all - q), s.panels[s.used++]);
+  const int32_t* blocks = a.blocks + a.task_blocks[task];
+  for (int chunk = a.task_chunks[2 * task]; chunk < a.task_chunks[2 * task + 1]; chunk++) {
+    attend_chunk(a, blocks, chunk, s);
+    for (int i = 0; i < s.used; i++) {
+      Panel& p = s.panels[i];
+      for (int q = 0; q < p.queries; q++)
+        merge(p.merged.data() + q * a.dim, p.merged_lse[q], p.sum.data() + q * a.dim, p.lse[q], a.dim);
+    }
+  }
+  for (int i = 0; i < s.used; i++) close_panel(a, task, s.panels[i]);
+}
+
+// Panels of one KV head and neighbouring heads go together, as long as all threads have work.
+static std::vector<Unit> cut_units(const Attention& a) {
+  const int group = a.heads / a.kv_heads;
+  long panels = 0;
+  for (int task = 0; task < a.tasks; task++) panels += (a.task_counts[task] * group + PANEL - 1) / PANEL;
+  const long spare = panels * a.kv_heads / (4 * omp_get_max_threads());
+  const int together = static_cast<int>(std::max(1L, std::min<long>(MOST_PANELS, spare)));
+  std::vector<Unit> units;
+  for (int task = 0; task < a.tasks; task++) {
+    const int all = a.task_counts[task] * group;
+    const int here = std::min(together, (all + PANEL - 1) / PANEL), heads = std::min(together / here, a.kv_heads);
+    for (int first = 0; first < all; first += PANEL * here)
+      for (int head = 0; head < a.kv_heads; head += heads)
+        units.push_back({task, head, std::min(heads, a.kv_heads - head), first, here});
+  }
+  return units;
+}
+
+extern "C" {
+
+int kernels_panel() { return PANEL; }
+int kernels_lanes() { return LANES; }
+int kernels_chunk() { return CHUNK; }
+
+// y [rows, columns] = x [rows, k_count] W^T + bias; w packed [panels][k_count][PANEL], `half`: bfloat16.
+void kernels_linear(const float* x, long rows, const void* w, int half, long k_count, const float* bias, float* y, long columns) {
+  const long panels = (columns + PANEL - 1) / PANEL, wanted = (4 * omp_get_max_threads() + panels - 1) / panels;
+  const long parts = std::max(1L, std::min(wanted, rows / ROWS_PER_TASK)), per_part = (rows + parts - 1) / parts;
+  const long panel_bytes = k_count * PANEL * (half ? 2 : 4);
+#pragma omp parallel
+  {
+    std::vector<float> scratch;
+#pragma omp for schedule(static)
+    for (long task = 0; task < panels * parts; task++) {
+      const long p = task / parts, row = task % parts * per_part;
+      if (row >= rows) continue;
+      linear_task(x + row * k_count, std::min(per_part, rows - row), static_cast<const char*>(w) + p * panel_bytes, half,
+                  k_count, bias ? bias + p * PANEL : nullptr, y + row * columns + p * PANEL, columns,
+                  std::min<long>(PANEL, columns - p * PANEL), scratch);
+    }
+  }
+}
+
+// y [rows, count] = x / rms(x) * weight; `weights` rows of weight are used in turn (one per head).
+void kernels_norm(const float* x, long rows, long stride, long count, const float* weight, long weights, float eps, float* y) {
+#pragma omp parallel for if (rows >= ROWS_FOR_THREADS)
+  for (long row = 0; row < rows; row++)
+    for (long w = 0; w < weights; w++)
+      norm_row(x + row * stride + w * count, count, weight + w * count, eps, y + (row * weights + w) * count);
+}
+
+// y [rows, count] = silu(gate) * up; gate_up [rows, 2 * count].
+void kernels_gate(const float* gate_up, long rows, long count, float* y) {
+#pragma omp parallel for if (rows >= ROWS_FOR_THREADS)
+  for (long row = 0; row < rows; row++) gate_row(gate_up + row * 2 * count, count, y + row * count);
+}
+
+// Rotates heads [rows, count, dim] in place, rows `stride` apart; cos_sin [rows, dim]: cosines, then sines.
+void kernels_rotate(float* heads, long rows, long stride, long count, long dim, const float* cos_sin) {
+#pragma omp parallel for if (rows >= ROWS_FOR_THREADS)
+  for (long row = 0; row < rows; row++)
+    rotate_row(heads + row * stride, count, dim, cos_sin + row * dim, cos_sin + row * dim + dim / 2);
+}
+
+// Writes rows of keys and values [rows, line], rows a stride apart, to their places in one layer of the pool.
+void kernels_write(const float* keys, const float* values, long rows, long key_stride, long value_stride, long line,
+                   const int64_t* slots, long page_tokens, int half, void* pool) {
+  for (long row = 0; row < rows; row++) {
+    const long place = slots[row] / page_tokens * 2 * page_tokens + slots[row] % page_tokens;
+    const long key = place * line, value = (place + page_tokens) * line;
+    if (half) {
+      store_line(static_cast<uint16_t*>(pool) + key, keys + row * key_stride, line);
+      store_line(static_cast<uint16_t*>(pool) + value, values + row * value_stride, line);
+    } else {
+      store_line(static_cast<float*>(pool) + key, keys + row * key_stride, line);
+      store_line(static_cast<float*>(pool) + value, values + row * value_stride, line);
+    }
+  }
+}
+
+// Runs all tasks, then merges the slots of `merged_rows`: row i has slots [starts[i], starts[i + 1]), in the order of their chunks.
+void kernels_attention(const Attention* given, const int32_t* merged_rows, const int32_t* starts, int merged_count) {
+  const Attention& a = *given;
+  const std::vector<Unit> units = cut_units(a);
+#pragma omp parallel
+  {
+    Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (size_t unit = 0; unit < units.size(); unit++)
+      attention_unit(a, units[units.size() - 1 - unit], scratch);  // the longest of a prompt come last: they go first
+#pragma omp for schedule(static)
+    for (long item = 0; item < static_cast<long>(merged_count) * a.heads; item++) {
+      const long index = item / a.heads, head = item % a.heads;
+      float* out = a.output + (static_cast<long>(merged_rows[index]) * a.heads + head) * a.dim;
+      float lse = -INFINITY;
+      for (int32_t slot = starts[index]; slot < starts[index + 1]; slot++) {
+        const long place = static_cast<long>(slot) * a.heads + head;
+        merge(out, lse, a.partial + place * a.dim, a.partial_lse[place], a.dim);
+      }
+    }
+  }
+}
+}

@@ -1,0 +1,53 @@
+"""Owns the seam of attention over the paged pool: prepared once per step, called once per layer. And the pool's views."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from engine.step_batch import StepBatch
+
+
+class StepAttention(Protocol):
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Puts key and value [n, kv_heads, dim] of the step's rows into the pool."""
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query [n, heads, dim] -> [n, heads, dim], after `write` of the same key and value."""
+
+
+class PagedAttention(Protocol):
+    """Implementations: `torch_attention`, `kernel_attention`. Contract: tests/engine/test_paged_attention.py."""
+
+    def step(self, batch: StepBatch) -> StepAttention: ...
+
+
+class PagedPool:
+    """Views of the pool [layer, block, k or v, page token, kv_head, dim]."""
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        _, blocks, _, self.page_tokens, self.kv_heads, self.dim = pool.shape
+        self.dtype = pool.dtype
+        self.device = pool.device
+        self.layers = list(pool)
+        self._tokens = [layer.view(blocks * 2 * self.page_tokens, self.kv_heads * self.dim) for layer in pool]
+        self._pages = [layer.view(blocks * 2, self.page_tokens * self.kv_heads * self.dim) for layer in pool]
+
+    def rows(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of K and of V for `slots` [n]: a block is page_tokens rows of K, then as many of V."""
+        keys = slots + slots.div(self.page_tokens, rounding_mode="floor") * self.page_tokens
+        return keys, keys + self.page_tokens
+
+    def write(
+        self, layer: int, rows: tuple[torch.Tensor, torch.Tensor], key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """key, value: [n, kv_heads, dim]."""
+        for places, data in zip(rows, (key, value), strict=True):
+            self._tokens[layer].index_copy_(0, places, data.reshape(len(data), -1).to(self.dtype))
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of `blocks` [..., pages] int64 -> [..., pages * page_tokens, kv_heads, dim]."""
+        shape = (*blocks.shape[:-1], blocks.shape[-1] * self.page_tokens, self.kv_heads, self.dim)
+        pages, flat = self._pages[layer], blocks.flatten() * 2
+        return pages.index_select(0, flat).view(shape), pages.index_select(0, flat + 1).view(shape)

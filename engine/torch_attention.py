@@ -1,0 +1,138 @@
+"""Owns paged attention with torch's operators: on CUDA, and on CPUs for which the kernels are not built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.attention import attend_all, attend_causal, attend_masked, attend_rows, merge
+from engine.paged_attention import PagedPool
+from engine.schedule import Part
+from engine.step_batch import StepBatch, block_ids
+
+_MAX_PADDING = 2  # rows whose page counts differ by more than this factor are attended in separate calls
+_LEAST_PAGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [start, start + count) are consecutive tokens of one sequence, `past` tokens of which lie in the pool already."""
+
+    start: int
+    count: int
+    past: int
+    blocks: torch.Tensor  # int64 [pages], ids: of the past and of the rows themselves
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Rows of one token each, of sequences of similar length. The new token's own KV is in the pool when they are attended."""
+
+    rows: torch.Tensor  # int64 [b]
+    blocks: torch.Tensor  # int64 [b, pages], padded with a valid id
+    lengths: torch.Tensor  # int64 [b], tokens up to the row's own
+
+
+class TorchAttention:
+    """Implements engine.paged_attention.PagedAttention. `windows`: per layer, 0 or how many positions a row sees."""
+
+    def __init__(self, pool: torch.Tensor, windows: Sequence[int]) -> None:
+        self._pool = PagedPool(pool)
+        self._windows = tuple(windows)
+
+    def step(self, batch: StepBatch) -> TorchStepAttention:
+        pool = self._pool
+        singles = [part for part in batch.parts if part.count == 1]
+        spans = [
+            _span(part, start, pool) for part, start in zip(batch.parts, batch.starts, strict=True) if part.count > 1
+        ]
+        return TorchStepAttention(pool, self._windows, batch.slots, _groups(singles, pool), spans)
+
+
+class TorchStepAttention:
+    def __init__(
+        self,
+        pool: PagedPool,
+        windows: Sequence[int],
+        slots: torch.Tensor,
+        groups: Sequence[RowGroup],
+        spans: Sequence[Span],
+    ) -> None:
+        self._pool = pool
+        self._windows = windows
+        self._places = pool.rows(slots)
+        self._groups = groups
+        self._spans = spans
+        self._masks = {window: [self._mask(group, window) for group in groups] for window in set(windows)}
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._pool.write(layer, self._places, key, value)
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        attended, window = torch.empty_like(query), self._windows[layer]
+        for group, mask in zip(self._groups, self._masks[window], strict=True):
+            keys, values = self._pool.gather(layer, group.blocks)
+            attended[group.rows] = attend_rows(query[group.rows], keys, values, mask).output
+        for span in self._spans:
+            part = slice(span.start, span.start + span.count)
+            if window:
+                attended[part] = self._attend_window(layer, query[part], span, window)
+            else:
+                attended[part] = self._attend_span(layer, query[part], key[part], value[part], span)
+        return attended
+
+    def _attend_span(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span
+    ) -> torch.Tensor:
+        own = attend_causal(query, key, value)
+        if not span.past:
+            return own.output
+        keys, values = self._pool.gather(layer, span.blocks[: -(-span.past // self._pool.page_tokens)])
+        return merge(attend_all(query, keys[: span.past], values[: span.past]), own).output.to(query.dtype)
+
+    def _attend_window(self, layer: int, query: torch.Tensor, span: Span, window: int) -> torch.Tensor:
+        keys, values = self._pool.gather(layer, span.blocks)
+        ends = torch.arange(span.past, span.past + span.count, device=query.device) + 1
+        return attend_masked(query, keys, values, _visible(ends, window, len(keys), query.dtype)).output
+
+    def _mask(self, group: RowGroup, window: int) -> torch.Tensor:
+        count = group.blocks.shape[1] * self._pool.page_tokens
+        return _visible(group.lengths, window, count, self._pool.dtype)[:, None, None, :]
+
+
+def _visible(ends: torch.Tensor, window: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """[n, count]: 0 where a row that ends before ends[i] sees a place, else -inf."""
+    places, lasts = torch.arange(count, device=ends.device), ends.unsqueeze(1)
+    hidden = (places >= lasts) | (places < lasts - window) if window else places >= lasts
+    return torch.zeros(len(ends), count, dtype=dtype, device=ends.device).masked_fill_(hidden, float("-inf"))
+
+
+def _span(part: Part, start: int, pool: PagedPool) -> Span:
+    past = part.sequence.computed
+    blocks = block_ids(part).astype(np.int64)
+    return Span(start, part.count, past, torch.from_numpy(blocks).to(pool.device))
+
+
+def _groups(parts: Sequence[Part], pool: PagedPool) -> list[RowGroup]:
+    """Rows by length, so that padding to the longest of a group at most doubles what is read."""
+    pages = [part.sequence.computed // pool.page_tokens + 1 for part in parts]
+    by_length = sorted(range(len(parts)), key=lambda row: pages[row])
+    groups: list[list[int]] = []
+    for row in by_length:
+        if not groups or pages[row] > max(_LEAST_PAGES, _MAX_PADDING * pages[groups[-1][0]]):
+            groups.append([])
+        groups[-1].append(row)
+    return [_group(rows, [parts[row] for row in rows], pages[rows[-1]], pool) for rows in groups]
+
+
+def _group(rows: list[int], parts: Sequence[Part], pages: int, pool: PagedPool) -> RowGroup:
+    blocks = np.empty((len(rows), pages), dtype=np.int64)
+    for line, part in zip(blocks, parts, strict=True):
+        ids = block_ids(part)[:pages]
+        line[: len(ids)] = ids
+        line[len(ids) :] = ids[0]  # masked, but never another prompt's
+    lengths = torch.tensor([part.sequence.computed + 1 for part in parts], device=pool.device)
+    return RowGroup(torch.tensor(rows, device=pool.device), torch.from_numpy(blocks).to(pool.device), lengths)

@@ -1,0 +1,80 @@
+"""With the kernels a request's log-probabilities have the same bits whatever shares its batch and however its prompt is cut."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from engine.protocol import StepTokens, Submit
+from tests.engine.rig import MIB, Recorder, families, generate, open_native, sampling, save_random, work
+
+NEW_TOKENS = 5
+ASKED = 0  # key of the request that is compared
+MODELS = ("llama", "qwen3", "mistral-window", "qwen3_moe-normalised")
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, directory in found.items():
+        save_random(families()[name], directory)
+    return found
+
+
+def prompt(length: int, seed: int = 3) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(3, 512) for _ in range(length)]
+
+
+def bits(recorder: Recorder) -> list[tuple[int, tuple[int, ...], tuple[float, ...]]]:
+    """Token, and the likeliest tokens with their log-probabilities, of every step of the request."""
+    rows = []
+    for step in recorder.of(StepTokens):
+        for column, key in enumerate(step.request_keys):
+            if key == ASKED:
+                row = step.logprobs[column]
+                assert row is not None
+                rows.append((step.token_ids[column], tuple(row.token_ids), tuple(row.logprobs)))
+    assert len(rows) == NEW_TOKENS
+    return rows
+
+
+def drawn(directory: Path, tokens: list[int], settings: Mapping[str, int | bool], *company: list[int]) -> object:
+    engine, recorder = open_native(directory, settings, kv_bytes=64 * MIB)
+    asked = work(ASKED, tokens, sampling(NEW_TOKENS, logprobs=20))
+    generate(engine, asked, *(work(key, other, sampling(9)) for key, other in enumerate(company, start=1)))
+    engine.close()
+    return bits(recorder)
+
+
+@pytest.mark.parametrize("length", [1, 17, 300, 1700])
+@pytest.mark.parametrize("name", MODELS)
+def test_company_and_chunks_change_no_bit(directories: dict[str, Path], name: str, length: int) -> None:
+    tokens = prompt(length)
+    alone = drawn(directories[name], tokens, {"prefill_chunk": 0, "token_budget": 4096})
+    others = [prompt(other, seed=other) for other in (1, 2, 5, 40, 333, 1200)]
+    assert drawn(directories[name], tokens, {"prefill_chunk": 0, "token_budget": 4096}, *others) == alone
+    assert drawn(directories[name], tokens, {"prefill_chunk": 37}, *others) == alone
+    assert drawn(directories[name], tokens, {"prefill_chunk": 512, "block_tokens": 32, "threads": 2}, *others) == alone
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prefix_that_others_share_changes_no_bit(directories: dict[str, Path], name: str) -> None:
+    document = prompt(1700)
+    tokens = document + prompt(20, seed=4)
+    others = [document + prompt(length, seed=length) for length in (5, 30, 31)]
+    alone = drawn(directories[name], tokens, {"prefix_reuse": False})
+    for share in (True, False):
+        engine, recorder = open_native(directories[name], {"shared_prefix_attention": share}, kv_bytes=64 * MIB)
+        generate(engine, work(99, document, sampling(1)))  # now in the pool
+        for key, other in enumerate(others, start=1):
+            engine.handle(Submit(work(key, other, sampling(30)), "generate"))
+        for _ in range(10):
+            engine.step()
+        generate(engine, work(ASKED, tokens, sampling(NEW_TOKENS, logprobs=20)))
+        assert engine.load().prefix_hits > 0
+        engine.close()
+        assert bits(recorder) == alone

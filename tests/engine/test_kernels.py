@@ -1,0 +1,223 @@
+"""The C++ kernels, each built instruction set that this machine runs: against float64, and bit for bit against themselves."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from engine.attention_plan import Cut, Reader, plan
+from engine.kernel_attention import task_arrays
+from engine.kernels.build import INSTRUCTION_SETS, build, compiler
+from engine.kernels.library import Kernels, load_kernels
+
+PAGE = 16
+
+
+def _usable() -> list[str]:
+    names = list(INSTRUCTION_SETS)
+    return names[names.index(torch.backends.cpu.get_cpu_capability()) :]
+
+
+@pytest.fixture(scope="module", params=_usable())
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    name = str(request.param)
+    found = compiler()
+    assert found is not None
+    return Kernels(ctypes.CDLL(str(build(name, found))), name)
+
+
+def test_the_best_library_of_the_machine_is_loaded() -> None:
+    loaded = load_kernels()
+    assert loaded is not None
+    assert loaded.instruction_set == _usable()[0]
+
+
+# ---- linear layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("k_count", "columns"), [(1, 1), (7, 5), (96, 160), (160, 97), (768, 1280)])
+def test_a_linear_layer_is_that_of_float64(kernels: Kernels, k_count: int, columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(columns)
+    weight, bias = (torch.randn(columns, k_count) / k_count**0.5).to(dtype), torch.randn(columns)
+    packed = kernels.pack(weight)
+    for rows in (1, 2, 5, 6, 7, 13, 97, 300):
+        x = torch.randn(rows, k_count)
+        wanted = x.double() @ weight.double().T + bias
+        got = kernels.linear(x, packed, bias, columns).double()
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_a_linear_layer_has_the_same_bits_in_every_batch(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    packed = kernels.pack(torch.randn(300, 200).to(dtype))
+    x = torch.randn(250, 200)
+    together = kernels.linear(x, packed, None, 300)
+    for first, count in ((0, 1), (3, 2), (10, 5), (100, 6), (77, 12), (50, 13), (0, 97), (249, 1)):
+        assert torch.equal(kernels.linear(x[first : first + count], packed, None, 300), together[first : first + count])
+
+
+# ---- small operations
+
+
+def test_norms_gates_and_rotations_are_those_of_float64(kernels: Kernels) -> None:
+    torch.manual_seed(2)
+    for rows, count in ((1, 96), (40, 97)):
+        x, weight = torch.randn(rows, count) * 3, torch.randn(count)
+        wanted = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+        torch.testing.assert_close(kernels.norm(x, weight, 1e-6).double(), wanted, atol=1e-5, rtol=1e-5)
+        gate_up = torch.randn(rows, 2 * count) * 20
+        wanted = torch.nn.functional.silu(gate_up[:, :count].double()) * gate_up[:, count:]
+        torch.testing.assert_close(kernels.gate(gate_up).double(), wanted, atol=1e-4, rtol=1e-5)
+    wide, weight = torch.randn(20, 9, 32), torch.randn(6, 32)
+    heads = wide[:, :6]
+    wanted = heads.double() / (heads.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    torch.testing.assert_close(kernels.norm(heads, weight, 1e-6).double(), wanted, atol=1e-5, rtol=1e-5)
+    angles = torch.randn(20, 16)
+    first, second = heads.double().chunk(2, dim=-1)
+    cos, sin = angles.cos().double().unsqueeze(1), angles.sin().double().unsqueeze(1)
+    wanted, untouched = torch.cat([first * cos - second * sin, second * cos + first * sin], -1), wide[:, 6:].clone()
+    kernels.rotate(heads, torch.cat([angles.cos(), angles.sin()], -1))
+    torch.testing.assert_close(heads.double(), wanted, atol=1e-6, rtol=1e-6)
+    assert torch.equal(wide[:, 6:], untouched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_are_written_to_their_slots_rounded_as_torch_rounds(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(3)
+    pool = torch.zeros(6, 2, PAGE, 2, 32, dtype=dtype)
+    key, value = torch.randn(5, 2, 32), torch.randn(5, 2, 32)
+    key[0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    slots = torch.tensor([0, 17, 95, 33, 16])
+    kernels.write(key, value, slots, pool)
+    for row, slot in enumerate(slots.tolist()):
+        for half, data in ((0, key), (1, value)):
+            torch.testing.assert_close(
+                pool[slot // PAGE, half, slot % PAGE], data[row].to(dtype), rtol=0, atol=0, equal_nan=True
+            )
+    assert int((pool != 0).any(-1).any(-1).sum()) == 10
+
+
+# ---- attention
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Sequences that share prefixes, in a pool of random keys and values, and queries for their last tokens."""
+
+    pool: torch.Tensor
+    readers: list[Reader]
+    query: torch.Tensor
+    ends: torch.Tensor
+
+
+def tree(source: random.Random, kernels: Kernels, dim: int = 32, dtype: torch.dtype = torch.float32) -> Tree:
+    """A random forest: trunks of one or two chunks, branches that share them, tails of their own."""
+    fresh, readers, start = iter(range(10**6)), list[Reader](), 0
+    pages = kernels.chunk // PAGE
+    for _ in range(source.choice([1, 2])):
+        trunk = [next(fresh) for _ in range(source.choice([0, 1, pages, 2 * pages + 3]))]
+        for _ in range(source.choice([1, 3])):
+            branch = trunk + [next(fresh) for _ in range(source.choice([0, pages, pages + 5]))]
+            for _ in range(source.choice([1, 2, 5])):
+                count = source.choice([1, 1, 1, 2, 7, 40])
+                first = len(branch) * PAGE + source.choice([0, 1, 15, 16, 100, 800])
+                table = branch + [next(fresh) for _ in range(-(-(first + count) // PAGE) - len(branch))]
+                readers.append(Reader(start, count, first, np.array(table, dtype=np.int32)))
+                start += count
+    torch.manual_seed(source.randrange(10**6))
+    pool = torch.randn(next(fresh), 2, PAGE, 2, dim).to(dtype)
+    ends = torch.cat([torch.arange(r.first, r.first + r.count, dtype=torch.int32) + 1 for r in readers])
+    return Tree(pool, readers, torch.randn(start, 6, dim), ends)
+
+
+def attended(kernels: Kernels, one: Tree, *, share: bool = True, window: int = 0, units: int = 1) -> torch.Tensor:
+    tasks = plan(one.readers, Cut(kernels.chunk, PAGE, window, units, share))
+    begins = (one.ends - window).clamp_(min=0) if window else torch.zeros_like(one.ends)
+    return kernels.attention(one.query, one.pool, task_arrays(tasks, one.readers, begins, one.ends))
+
+
+def exact(one: Tree, window: int = 0) -> torch.Tensor:
+    """float64."""
+    rows = []
+    for reader in one.readers:
+        kv = one.pool[torch.from_numpy(reader.blocks).long()].double()
+        key, value = (kv[:, half].reshape(-1, 2, kv.shape[-1]).repeat_interleave(3, 1) for half in (0, 1))
+        for row in range(reader.count):
+            end = reader.first + row + 1
+            begin = max(0, end - window) if window else 0
+            scores = (
+                torch.einsum("hd,thd->ht", one.query[reader.start + row].double(), key[begin:end])
+                * key.shape[-1] ** -0.5
+            )
+            rows.append(torch.einsum("ht,thd->hd", scores.softmax(-1), value[begin:end]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_over_trees_of_prefixes_is_that_of_float64(kernels: Kernels, seed: int) -> None:
+    one = tree(random.Random(seed), kernels)
+    torch.testing.assert_close(attended(kernels, one).double(), exact(one), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_head_dimension_and_both_dtypes_of_the_pool(kernels: Kernels, dim: int, dtype: torch.dtype) -> None:
+    one = tree(random.Random(dim), kernels, dim, dtype)
+    torch.testing.assert_close(attended(kernels, one).double(), exact(one), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 16, 100, 900])
+def test_a_window_hides_what_lies_before_it(kernels: Kernels, window: int) -> None:
+    one = tree(random.Random(window), kernels)
+    torch.testing.assert_close(attended(kernels, one, window=window).double(), exact(one, window), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sharing_splitting_and_company_change_no_bit(kernels: Kernels, seed: int, threads: int) -> None:
+    one = tree(random.Random(100 + seed), kernels)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = attended(kernels, one)
+        assert torch.equal(attended(kernels, one, share=False), together)
+        assert torch.equal(attended(kernels, one, units=100), together)
+        for reader in one.readers:
+            rows = slice(reader.start, reader.start + reader.count)
+            alone = Tree(
+                one.pool, [Reader(0, reader.count, reader.first, reader.blocks)], one.query[rows], one.ends[rows]
+            )
+            assert torch.equal(attended(kernels, alone), together[rows])
+            last = slice(rows.stop - 1, rows.stop)
+            step = Reader(0, 1, reader.first + reader.count - 1, reader.blocks)
+            decoded = Tree(one.pool, [step], one.query[last], one.ends[last])
+            assert torch.equal(attended(kernels, decoded, units=100), together[last]), (
+                "a chunk of a prompt, or a step of its own"
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_garbage_behind_the_last_token_is_never_seen(kernels: Kernels) -> None:
+    one = tree(random.Random(7), kernels)
+    wanted = attended(kernels, one)
+    for reader in one.readers:
+        last = reader.first + reader.count
+        if last % PAGE:
+            one.pool[reader.blocks[-1], :, last % PAGE :] = float("nan")
+    assert torch.equal(attended(kernels, one), wanted)
+
+
+def test_large_scores_do_not_overflow(kernels: Kernels) -> None:
+    one = tree(random.Random(9), kernels)
+    loud = Tree(one.pool, one.readers, one.query * 1000, one.ends)
+    torch.testing.assert_close(attended(kernels, loud).double(), exact(loud), atol=1e-3, rtol=1e-3)
