@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -36,7 +37,8 @@ ABSENT = "vLLM is not installed: make peers-setup"
 NOTES = (
     "ratio: of us to the one named, above 1 = we are better; of a floor it is the share of the floor's speed that we reach",
     "pdserve: whole engine step, scheduling and sampling included; transformers: forward pass and argmax, unchunked",
-    "vLLM: whole engine step in one process, prefix caching off, OpenMP threads bound to the same cores",
+    "vLLM: whole engine step in one process, prefix caching off",
+    "all: one OpenMP thread bound to each of the same cores",
     "GEMM floors: the linears of one step alone; memory floor: reading the bytes of weights and KV once",
 )
 
@@ -132,27 +134,42 @@ def run(plan: Plan, dtypes: Sequence[Dtype]) -> Result:
     }
     measurements = [item for dtype in dtypes for item in measure_dtype(plan, dtype, settings)]
     notes = NOTES if plan.vllm else (*NOTES, ABSENT)
+    os.sched_setaffinity(0, plan.cores)  # this thread was bound to one; the machine's description counts them
     return result("peers", plan.mode, settings, measurements, notes=notes)
+
+
+def begin_bound(cores: Sequence[int], arguments: Sequence[str]) -> None:
+    """One OpenMP thread on each core, as vLLM's are: unbound, two can end on one core, where each barrier waits for a time slice.
+
+    OpenMP reads its environment when torch is imported, so the program begins anew with it. Does not return.
+    """
+    environment = {**os.environ, "GOMP_CPU_AFFINITY": " ".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}
+    command = [sys.executable, "-m", "benchmarks.peers", *arguments, "--cores", ",".join(map(str, cores))]
+    os.execve(sys.executable, command, environment)
+
+
+def core_list(text: str) -> list[int]:
+    return [int(core) for core in text.split(",")]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Engine against vLLM and transformers, beside the floors.")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cores", type=core_list, help=argparse.SUPPRESS)  # what the bound program is begun with
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be given twice; default: both")
-    parser.add_argument(
-        "--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner, runs slower"
-    )
+    parser.add_argument("--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner")
     given = parser.parse_args(arguments)
-    cores = sorted(os.sched_getaffinity(0))[: given.threads]
-    if not 0 < given.threads == len(cores):
-        parser.error(f"--threads must lie in 1 .. {len(cores)}, the cores that this process may use")
-    os.sched_setaffinity(0, cores)  # before the first thread pool: vLLM's threads are bound to these cores too
+    if given.cores is None:
+        allowed = sorted(os.sched_getaffinity(0))
+        if not 0 < given.threads <= len(allowed):
+            parser.error(f"--threads must lie in 1 .. {len(allowed)}, the cores that this process may use")
+        begin_bound(allowed[: given.threads], sys.argv[1:] if arguments is None else arguments)
     python = Path(os.environ.get("PDSERVE_VLLM_PYTHON") or DEFAULT_PYTHON)
     found = has_vllm(python)
     if not found:
         print(ABSENT, flush=True)
-    plan = Plan("full" if given.full else "quick", tuple(cores), python if found else None, given.vllm_eager)
+    plan = Plan("full" if given.full else "quick", tuple(given.cores), python if found else None, given.vllm_eager)
     measured = run(plan, given.dtype or DTYPES)
     write_result(measured)
     print(table(measured))

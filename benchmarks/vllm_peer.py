@@ -10,8 +10,8 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ ANSWER_S = 600.0  # the slowest: 128 prompts, or 8,192 tokens, in a bf16 that th
 END_S = 20.0
 PROBE_S = 120.0
 KV_GIB = 2
+NOT_INHERITED = ("PYTHONPATH", "VIRTUAL_ENV", "GOMP_CPU_AFFINITY")
 
 Setting = str | int | float | bool
 
@@ -68,7 +69,7 @@ def child_environment(python: Path, cores: Sequence[int], inherited: Mapping[str
     preload = {"LD_PRELOAD": str(openmp)} if openmp.is_file() else {}
     bound = ",".join(map(str, cores))
     return {
-        **{name: value for name, value in inherited.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")},
+        **{name: value for name, value in inherited.items() if name not in NOT_INHERITED},
         **preload,
         "OMP_NUM_THREADS": str(len(cores)),
         "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{bound}]",
@@ -84,6 +85,17 @@ def child_environment(python: Path, cores: Sequence[int], inherited: Mapping[str
     }
 
 
+@contextmanager
+def affinity(cores: Sequence[int]) -> Iterator[None]:
+    """Processes started inside may use `cores`, whichever of them our own thread is bound to."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class VllmPeer:
     """A DecodeContender and PrefillContender. Every request has a deadline; past it the child is killed."""
 
@@ -91,7 +103,7 @@ class VllmPeer:
         """Raises VllmFailed if the engine does not come up."""
         self._log = log
         self._answer_s = options.answer_s
-        with log.open("wb") as errors:
+        with log.open("wb") as errors, affinity(options.cores):
             self._process = subprocess.Popen(
                 [python, CHILD],
                 stdin=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vllm_peer import VllmFailed, VllmOptions, VllmPeer, child_environment, has_vllm
+from benchmarks.vllm_peer import VllmFailed, VllmOptions, VllmPeer, affinity, child_environment, has_vllm
+
+CORES = tuple(sorted(os.sched_getaffinity(0)))
 
 STAND_IN = '''
 import time
@@ -75,7 +78,7 @@ def python_with_stand_in(folder: Path) -> Path:
 
 @contextmanager
 def started(folder: Path, answer_s: float = 60.0) -> Iterator[VllmPeer]:
-    options = VllmOptions("float32", (0,), 8193, 128, eager=False, answer_s=answer_s)
+    options = VllmOptions("float32", CORES, 8193, 128, eager=False, answer_s=answer_s)
     peer = VllmPeer(python_with_stand_in(folder), folder, options, folder / "vllm.log")
     try:
         yield peer
@@ -104,13 +107,23 @@ def test_a_batch_larger_than_a_pipe_holds_arrives_whole(tmp_path: Path) -> None:
         assert len(peer.steps_s(1)) == 1
 
 
+def test_the_child_may_use_its_cores_though_our_thread_is_bound_to_one() -> None:
+    os.sched_setaffinity(0, CORES[:1])
+    try:
+        with affinity(CORES):
+            assert os.sched_getaffinity(0) == set(CORES)
+        assert os.sched_getaffinity(0) == set(CORES[:1])
+    finally:
+        os.sched_setaffinity(0, CORES)
+
+
 def test_a_request_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
     with started(tmp_path, answer_s=1.0) as peer, pytest.raises(VllmFailed, match="longer than 1 s"):
         peer.prefill_s([666])
 
 
 def test_a_python_without_vllm_is_refused_with_the_reason(tmp_path: Path) -> None:
-    options = VllmOptions("float32", (0,), 8193, 128, eager=False)
+    options = VllmOptions("float32", CORES, 8193, 128, eager=False)
     with pytest.raises(VllmFailed, match="No module named 'vllm'"):
         VllmPeer(Path(sys.executable), tmp_path, options, tmp_path / "vllm.log")
 
