@@ -44,13 +44,21 @@ class TokenSink:
 
 
 class EngineDriver:
-    """One native engine. Nothing is reused between prompts, so that every prefill is a whole one."""
+    """One native engine. Nothing is reused between prompts, so that every prefill is a whole one; where `share` is given,
+    prefixes are, and attention over them is shared or not."""
 
-    def __init__(self, model_dir: Path, device: Device, dtype: Dtype, *, threads: int, kv_bytes: int) -> None:
+    def __init__(
+        self, model_dir: Path, device: Device, dtype: Dtype, *, threads: int, kv_bytes: int, share: bool | None = None
+    ) -> None:
         self.sink = TokenSink()
         self.engine = NativeEngine.open(
             ModelConfig(path=str(model_dir), device=device, dtype=dtype),
-            EngineConfig(threads=threads, kv_bytes=kv_bytes, prefix_reuse=False),
+            EngineConfig(
+                threads=threads,
+                kv_bytes=kv_bytes,
+                prefix_reuse=share is not None,
+                shared_prefix_attention=share is not False,
+            ),
             self.sink,
         )
         self._next_key = 0

@@ -21,7 +21,7 @@ class LlamaShape:
     head_dim: int = 64
     intermediate: int = 2048
     vocab: int = 32_000
-    context_tokens: int = 16_384
+    context_tokens: int = 32_768
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
