@@ -17,8 +17,6 @@ class FeedForward(Protocol):
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
-    def linears(self) -> tuple[Linear, ...]: ...
-
 
 @dataclass(frozen=True, slots=True)
 class GatedUnit:
@@ -30,9 +28,6 @@ class GatedUnit:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.down(self.operations.gate(self.gate_up(hidden)))
-
-    def linears(self) -> tuple[Linear, ...]:
-        return self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +67,3 @@ class Experts:
         if self.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights.to(hidden.dtype), chosen
-
-    def linears(self) -> tuple[Linear, ...]:
-        return (self.router, *(linear for unit in self.units for linear in unit.linears()))

@@ -23,7 +23,3 @@ class Linear:
         if self._kernels is None:
             return F.linear(x, self._weight, self._bias)
         return self._kernels.linear(x, self._weight, self._bias, self._columns)
-
-    @property
-    def size_bytes(self) -> int:
-        return self._weight.nbytes + (self._bias.nbytes if self._bias is not None else 0)

@@ -15,6 +15,7 @@ from engine.kv_memory import TORCH_DTYPES, KvMemory, open_kv_memory
 from engine.model_source import model_directory
 from engine.model_spec import ModelSpec
 from engine.operations import KernelOperations, TorchOperations
+from engine.pool_size import pool_bytes
 from engine.protocol import Layout
 from engine.weights import WeightReader
 from kv_transfer.keys import identity_digest
@@ -31,7 +32,6 @@ class LoadedModel:
     layout: Layout
     identity: bytes
     max_context_tokens: int
-    weights_bytes: int
     load_seconds: float
     kernels: Kernels | None  # None: torch computes
 
@@ -46,14 +46,15 @@ def load_model(model: ModelConfig, engine: EngineConfig) -> tuple[LoadedModel, K
     directory = model_directory(model.path)
     spec = ModelSpec.load(directory)
     max_context_tokens = spec.context_limit(model.max_context_tokens)
-    layout = _layout(spec, dtype_name, engine)
+    kv_dtype = dtype_name if engine.kv_dtype == "auto" else engine.kv_dtype
     dtype = TORCH_DTYPES[dtype_name]
     kernels = _kernels(spec, engine, device)
     operations = TorchOperations(dtype) if kernels is None else KernelOperations(kernels)
     with Checkpoint(directory) as checkpoint:
         weights = WeightReader(checkpoint, spec, operations, dtype, device).model()
-        identity = _identity(spec, checkpoint.digest(), dtype_name)
+        identity = _identity(spec, checkpoint.digest(), dtype_name, kv_dtype)
     decoder = Decoder(spec, weights, operations, device)
+    layout = _layout(spec, kv_dtype, engine, pool_bytes(engine, device))
     memory = open_kv_memory(layout, device)
     loaded = LoadedModel(
         name=model.served_name or Path(model.path).name,
@@ -63,7 +64,6 @@ def load_model(model: ModelConfig, engine: EngineConfig) -> tuple[LoadedModel, K
         layout=layout,
         identity=identity,
         max_context_tokens=max_context_tokens,
-        weights_bytes=weights.size_bytes(),
         load_seconds=time.monotonic() - start_s,
         kernels=kernels,
     )
@@ -85,12 +85,13 @@ def _kernels(spec: ModelSpec, engine: EngineConfig, device: torch.device) -> Ker
     return kernels if kernels is not None and spec.head_dim % kernels.lanes == 0 else None
 
 
-def _layout(spec: ModelSpec, dtype_name: str, engine: EngineConfig) -> Layout:
+def _layout(spec: ModelSpec, dtype_name: str, engine: EngineConfig, size_bytes: int) -> Layout:
     block_bytes = 2 * engine.block_tokens * spec.kv_heads * spec.head_dim * TORCH_DTYPES[dtype_name].itemsize
-    blocks = engine.kv_bytes // (spec.layers * block_bytes)
+    blocks = size_bytes // (spec.layers * block_bytes)
     if blocks < 2:
+        source = "engine.kv_bytes is" if engine.kv_bytes else "free memory beyond engine.memory_reserve leaves"
         raise ConfigInvalid(
-            f"engine.kv_bytes is {engine.kv_bytes}, but one KV block of {engine.block_tokens} tokens takes "
+            f"{source} {size_bytes} bytes for the KV pool, but one KV block of {engine.block_tokens} tokens takes "
             f"{spec.layers * block_bytes} bytes in all layers. Give at least two blocks."
         )
     return Layout(
@@ -104,13 +105,14 @@ def _layout(spec: ModelSpec, dtype_name: str, engine: EngineConfig) -> Layout:
     )
 
 
-def _identity(spec: ModelSpec, weights_digest: str, dtype_name: str) -> bytes:
+def _identity(spec: ModelSpec, weights_digest: str, dtype_name: str, kv_dtype: str) -> bytes:
     """What two engines must share for the KV of one to be that of the other."""
     return identity_digest(
         [
             ("family", spec.family),
             ("weights", weights_digest),
-            ("kv_dtype", dtype_name),
+            ("dtype", dtype_name),
+            ("kv_dtype", kv_dtype),
             ("heads", f"{spec.heads}/{spec.kv_heads}x{spec.head_dim}"),
             ("mlp", spec.mlp_identity()),
             ("windows", repr(spec.windows)),

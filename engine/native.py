@@ -18,6 +18,7 @@ from engine.kv_memory import KvMemory, copy_blocks
 from engine.loaded_model import LoadedModel, load_model
 from engine.paged_attention import PagedAttention
 from engine.pool import BlockPool
+from engine.pool_size import resident_bytes
 from engine.protocol import (
     Activate,
     Cancel,
@@ -158,7 +159,7 @@ class NativeEngine:
             prefix_queries=schedule.prefix_queries,
             prefix_hits=schedule.prefix_hits,
             preemptions=schedule.preemptions,
-            resident_bytes=self._model.weights_bytes + self._memory.pool.nbytes,
+            resident_bytes=resident_bytes(),
         )
 
     def _audited(self) -> int:

@@ -46,8 +46,9 @@ class PagedPool:
         for places, data in zip(rows, (key, value), strict=True):
             self._tokens[layer].index_copy_(0, places, data.reshape(len(data), -1).to(self.dtype))
 
-    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of `blocks` [..., pages] int64 -> [..., pages * page_tokens, kv_heads, dim]."""
+    def gather(self, layer: int, blocks: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of `blocks` [..., pages] int64 -> [..., pages * page_tokens, kv_heads, dim] of `dtype`."""
         shape = (*blocks.shape[:-1], blocks.shape[-1] * self.page_tokens, self.kv_heads, self.dim)
         pages, flat = self._pages[layer], blocks.flatten() * 2
-        return pages.index_select(0, flat).view(shape), pages.index_select(0, flat + 1).view(shape)
+        keys, values = (pages.index_select(0, flat + half).view(shape).to(dtype) for half in (0, 1))
+        return keys, values

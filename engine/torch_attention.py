@@ -66,15 +66,16 @@ class TorchStepAttention:
         self._places = pool.rows(slots)
         self._groups = groups
         self._spans = spans
-        self._masks = {window: [self._mask(group, window) for group in groups] for window in set(windows)}
+        self._masks: dict[int, list[torch.Tensor]] = {}  # by window, one per group
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._pool.write(layer, self._places, key, value)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         attended, window = torch.empty_like(query), self._windows[layer]
-        for group, mask in zip(self._groups, self._masks[window], strict=True):
-            keys, values = self._pool.gather(layer, group.blocks)
+        key, value = (x.to(self._pool.dtype).to(x.dtype) for x in (key, value))  # as later rows will read them
+        for group, mask in zip(self._groups, self._masks_of(window, query.dtype), strict=True):
+            keys, values = self._pool.gather(layer, group.blocks, query.dtype)
             attended[group.rows] = attend_rows(query[group.rows], keys, values, mask).output
         for span in self._spans:
             part = slice(span.start, span.start + span.count)
@@ -90,17 +91,23 @@ class TorchStepAttention:
         own = attend_causal(query, key, value)
         if not span.past:
             return own.output
-        keys, values = self._pool.gather(layer, span.blocks[: -(-span.past // self._pool.page_tokens)])
+        keys, values = self._pool.gather(layer, span.blocks[: -(-span.past // self._pool.page_tokens)], query.dtype)
         return merge(attend_all(query, keys[: span.past], values[: span.past]), own).output.to(query.dtype)
 
     def _attend_window(self, layer: int, query: torch.Tensor, span: Span, window: int) -> torch.Tensor:
-        keys, values = self._pool.gather(layer, span.blocks)
+        keys, values = self._pool.gather(layer, span.blocks, query.dtype)
         ends = torch.arange(span.past, span.past + span.count, device=query.device) + 1
         return attend_masked(query, keys, values, _visible(ends, window, len(keys), query.dtype)).output
 
-    def _mask(self, group: RowGroup, window: int) -> torch.Tensor:
-        count = group.blocks.shape[1] * self._pool.page_tokens
-        return _visible(group.lengths, window, count, self._pool.dtype)[:, None, None, :]
+    def _masks_of(self, window: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """[b, 1, 1, pages * page tokens] of each group."""
+        if window not in self._masks:
+            counts = [group.blocks.shape[1] * self._pool.page_tokens for group in self._groups]
+            masks = [
+                _visible(group.lengths, window, count, dtype) for group, count in zip(self._groups, counts, strict=True)
+            ]
+            self._masks[window] = [mask[:, None, None, :] for mask in masks]
+        return self._masks[window]
 
 
 def _visible(ends: torch.Tensor, window: int, count: int, dtype: torch.dtype) -> torch.Tensor:

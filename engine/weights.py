@@ -34,14 +34,6 @@ class ModelWeights:
     final_norm: torch.Tensor
     head: Linear
 
-    def linears(self) -> tuple[Linear, ...]:
-        """Every projection of the model."""
-        of_layers = (part for layer in self.layers for part in (layer.qkv, layer.output, *layer.mlp.linears()))
-        return (self.head, *of_layers)
-
-    def size_bytes(self) -> int:
-        return self.embedding.nbytes + sum(linear.size_bytes for linear in self.linears())
-
 
 class WeightReader:
     """Reads the tensors of `checkpoint` by their Hugging Face names, in the shapes that `spec` asks for."""

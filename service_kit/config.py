@@ -30,7 +30,21 @@ class ModelConfig(Section):
 
 class EngineConfig(Section):
     block_tokens: int = Field(default=16, ge=16, le=256, multiple_of=16, description="Tokens of a KV block (page).")
-    kv_bytes: int = Field(default=256 * 2**20, ge=2**20, description="Size of the KV pool of one worker, in bytes.")
+    kv_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Size of the KV pool of one worker, in bytes; 0 = from free memory: on CUDA all but the reserve, "
+        "on the CPU 256 MiB where that much is free beyond it.",
+    )
+    memory_reserve: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of a device's memory that a pool sized from free memory leaves alone.",
+    )
+    kv_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Type of the KV pool; auto = that of the weights."
+    )
     token_budget: int = Field(default=2048, ge=16, description="Tokens per step, decodes first, then prefill chunks.")
     prefill_chunk: int = Field(default=512, ge=0, description="Largest chunk of one prompt per step; 0 = unchunked.")
     max_running: int = Field(default=256, ge=1, description="Sequences decoding at once in one worker.")

@@ -16,6 +16,7 @@ from pdserve.cli.terminal import Mark, size
 
 PROCESS_BYTES = 250 * 10**6  # of an engine process with torch, before weights and KV
 CONTROLLER_BYTES = 150 * 10**6
+DEFAULT_POOL_BYTES = 256 * 2**20  # on the CPU, where engine.kv_bytes is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def _memory(config: Record) -> Check:
     pool, engine = config.record("pool"), config.record("engine")
     workers = pool.integer("prefill") + pool.integer("decode") + pool.integer("both")
     weights = weight_bytes(Path(config.record("model").text("path")))
-    needed = workers * (PROCESS_BYTES + 2 * weights + engine.integer("kv_bytes")) + CONTROLLER_BYTES
+    pool_bytes = engine.integer("kv_bytes") or DEFAULT_POOL_BYTES
+    needed = workers * (PROCESS_BYTES + 2 * weights + pool_bytes) + CONTROLLER_BYTES
     available = _available_bytes()
     if not workers:
         return Check("fail", "workers", "none asked for", "Give --prefill N and --decode M, or --both K.")
