@@ -122,14 +122,20 @@ class ClusterTwin:
 
 @asynccontextmanager
 async def cluster(
-    *, queue_limit: int = 100, grace_s: float = 0.5, queue_timeout_s: float = 10.0, request_timeout_s: float = 30.0
+    *,
+    queue_limit: int = 100,
+    grace_s: float = 0.5,
+    queue_timeout_s: float = 10.0,
+    request_timeout_s: float = 30.0,
+    patience: float = 1.0,
 ) -> AsyncIterator[ClusterTwin]:
+    """`patience` stretches the deadlines for silent workers: real engines on a busy machine need more than twins."""
     clock = asyncio.get_running_loop().time
     metrics = Metrics("twin")
-    fleet = Fleet(FleetSettings("controller-under-test", 0.2, 3, stall_s=0.4), clock)
+    fleet = Fleet(FleetSettings("controller-under-test", 0.2 * patience, 3, stall_s=0.4 * patience), clock)
     settings = ServiceSettings(
         AdmissionLimits(queue_limit, queue_timeout_s, grace_s),
-        PlacementSettings("least-loaded", policy_named("least-loaded"), "", reserve_answer_s=0.3),
+        PlacementSettings("least-loaded", policy_named("least-loaded"), "", reserve_answer_s=0.3 * patience),
         request_timeout_s=request_timeout_s,
         max_attempts=5,
         timelines_kept=100,

@@ -39,7 +39,7 @@ async def open_worker(worker_id: str, role: RoleName, config: ClusterConfig) -> 
 
 @asynccontextmanager
 async def pair(prefill_chunk: int) -> AsyncIterator[ClusterTwin]:
-    async with cluster(grace_s=3.0) as twin:
+    async with cluster(grace_s=30.0, request_timeout_s=120.0, patience=20.0) as twin:
         server = grpc.aio.server()
         api = MembershipApi(twin.fleet, "controller-under-test", 2.0)
         membership_pb2_grpc.add_MembershipServiceServicer_to_server(api, server)
