@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import socket
+from pathlib import Path
+
+# Below the ports that the system gives to outgoing connections, so that none of them takes a chosen one before its listener.
+_LOWEST = 15_000
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_ATTEMPTS = 200
 
 
 def choose_port(host: str, wanted: int, taken: frozenset[int] = frozenset()) -> int:
@@ -29,7 +36,15 @@ def _can_bind(host: str, port: int) -> bool:
 
 
 def _free_port(host: str) -> int:
+    for port in random.sample(range(_LOWEST, _first_ephemeral()), _ATTEMPTS):
+        if _can_bind(host, port):
+            return port
     with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
         probe.bind((host.strip("[]"), 0))
-        port: int = probe.getsockname()[1]
-    return port
+        given: int = probe.getsockname()[1]
+    return given
+
+
+def _first_ephemeral() -> int:
+    first = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else 32_768
+    return max(first, _LOWEST + _ATTEMPTS)

@@ -21,7 +21,7 @@ def scaled_model(tmp_path: Path) -> Path:
     directory = shutil.copytree(MODEL, tmp_path / "scaled")
     config = json.loads((directory / "config.json").read_text())
     config.pop("rope_parameters", None)
-    config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+    config["rope_scaling"] = {"rope_type": "dynamic", "factor": 8.0}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -30,7 +30,7 @@ def test_a_model_that_would_not_be_exact_is_refused_by_name(tmp_path: Path, scal
     state_dir = tmp_path / "state"
     answer = run_cli(state_dir, "up", "--detach", "--port", "0", "--model", str(scaled_model))
     assert answer.returncode == 3
-    assert "RoPE of type 'llama3' is not supported" in answer.stderr
+    assert "RoPE of type 'dynamic' is not supported" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert run_cli(state_dir, "status").returncode == 3
 

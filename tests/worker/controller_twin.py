@@ -11,7 +11,7 @@ import grpc
 
 from pdserve.v1 import membership_pb2, membership_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0  # an engine process imports torch: seconds on a busy machine
 T = TypeVar("T")
 
 
