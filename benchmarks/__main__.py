@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-BENCHMARKS = ("engine", "shared_prefix", "transfer", "handoff", "controller")
+BENCHMARKS = ("engine", "shared_prefix", "mixed_load", "transfer", "handoff", "controller")
 WITH_PEERS = ("peers", "transfer")  # compare with software that is not ours; "peers" runs only when asked for
 KNOWN = tuple(dict.fromkeys((*BENCHMARKS, *WITH_PEERS)))
 LIMIT_S = {"quick": 240.0, "full": 1200.0}
