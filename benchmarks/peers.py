@@ -39,7 +39,8 @@ NOTES = (
     "pdserve: whole engine step, scheduling and sampling included; transformers: forward pass and argmax, unchunked",
     "vLLM: whole engine step in one process, prefix caching off",
     "all: one OpenMP thread bound to each of the same cores",
-    "GEMM floors: the linears of one step alone; memory floor: reading the bytes of weights and KV once",
+    "GEMM floors: torch's linears of one step alone, in that dtype; above 1 where another form of product beats them, as in a bf16"
+    " that the CPU only emulates; memory floor: reading the bytes of weights and KV once",
 )
 
 
