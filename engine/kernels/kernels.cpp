@@ -288,17 +288,25 @@ static void add_all_values(const float* score, const float* value, int dim, int 
 // Copies the keys and values of a tile side by side, widened: lines of the pool lie far apart, and a copy waits for many of
 // them at once where sums over them would wait for one after the other. Keys past the last token stay what they were: masked.
 template <typename Element>
-static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Scratch& s) {
+static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead,
+                      Scratch& s) {
   const long line = static_cast<long>(a.kv_heads) * a.dim, to_value = line * a.page_tokens;
   const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * a.dim;
   int page = position / a.page_tokens, offset = position % a.page_tokens;
   for (int t = 0; t < tokens; page++, offset = 0) {
     const Element* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
     for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line)
+    {
       for (int d = 0; d < a.dim; d += LANES) {
         store(s.key.data() + t * a.dim + d, load(from + d));
         store(s.value.data() + t * a.dim + d, load(from + to_value + d));
       }
+      if (ahead)
+        for (int d = 0; d < a.dim; d += 64 / static_cast<int>(sizeof(Element))) {
+          __builtin_prefetch(from + a.dim + d, 0, 2);
+          __builtin_prefetch(from + a.dim + to_value + d, 0, 2);
+        }
+    }
   }
 }
 
@@ -380,8 +388,9 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
       Panel& p = s.panels[i];
       if (position >= p.most_end) continue;
       if (p.kv_head != copied) {
-        if (a.half) copy_tile<uint16_t>(a, blocks, p.kv_head, static_cast<int>(position), tokens, s);
-        else copy_tile<float>(a, blocks, p.kv_head, static_cast<int>(position), tokens, s);
+        const bool ahead = s.panels[s.used - 1].kv_head > p.kv_head;
+        if (a.half) copy_tile<uint16_t>(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
+        else copy_tile<float>(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
         copied = p.kv_head;
       }
       attend_tile(a.dim, position, tokens, p, s);
