@@ -21,6 +21,9 @@ from engine.weights import WeightReader
 from kv_transfer.keys import identity_digest
 from pdserve.errors import ConfigInvalid
 from service_kit.config import EngineConfig, ModelConfig
+from service_kit.logs import get_logger
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ def load_model(model: ModelConfig, engine: EngineConfig) -> tuple[LoadedModel, K
     decoder = Decoder(spec, weights, operations, device)
     layout = _layout(spec, kv_dtype, engine, pool_bytes(engine, device))
     memory = open_kv_memory(layout, device)
+    computes = f"kernels {kernels.instruction_set}" if kernels is not None else f"torch on {device.type}"
+    _log.info("model_loaded", computes=computes, threads=torch.get_num_threads(), kv_blocks=layout.blocks)
     loaded = LoadedModel(
         name=model.served_name or Path(model.path).name,
         spec=spec,
