@@ -127,7 +127,7 @@ async def cluster(
     grace_s: float = 0.5,
     queue_timeout_s: float = 10.0,
     request_timeout_s: float = 30.0,
-    patience: float = 1.0,
+    patience: float = 5.0,
 ) -> AsyncIterator[ClusterTwin]:
     """`patience` stretches the deadlines for silent workers: real engines on a busy machine need more than twins."""
     clock = asyncio.get_running_loop().time
