@@ -37,7 +37,7 @@ class FleetSink(Protocol):
     def reconciled(self, worker_id: str, snapshot: worker_pb2.WorkerSnapshot) -> None:
         """A session was opened: what the worker holds, it says."""
 
-    def lost(self, worker_id: str, error: WorkerLost) -> None:
+    def lost(self, worker_id: str, error: WorkerLost, *, died: bool) -> None:
         """Everything that was dispatched there is lost."""
 
     def changed(self, worker_id: str) -> None:
@@ -116,8 +116,8 @@ class Fleet:
         record.member_changed(member)
         for command in commands:
             match command:
-                case DeclareLost(reason=reason):
-                    self._declare_lost(record, reason)
+                case DeclareLost(reason=reason, silent=silent):
+                    self._declare_lost(record, reason, died=not silent)
                 case Dial():
                     self._dial(record, fresh=not member.redialling)
         if member.state != before.state:
@@ -154,14 +154,14 @@ class Fleet:
         if task is not None and task is not asyncio.current_task():
             task.cancel()
 
-    def _declare_lost(self, record: WorkerRecord, reason: str) -> None:
+    def _declare_lost(self, record: WorkerRecord, reason: str, *, died: bool) -> None:
         record.session = None
         self._hang_up(record.worker_id)
         record.forget_load()
         error = WorkerLost(f"Worker {record.worker_id} was lost: {reason}")
         self._commands.worker_lost(record.worker_id, error)
         assert self._sink is not None
-        self._sink.lost(record.worker_id, error)
+        self._sink.lost(record.worker_id, error, died=died)
 
     # ---- what workers say
 
@@ -238,7 +238,8 @@ class Fleet:
             elif record.member.state != "GONE" and record.judge_stall(now, self._settings.stall_s):
                 log.warning("engine_stalled", worker_id=record.worker_id, step=record.load.engine_step)
                 assert self._sink is not None
-                self._sink.lost(record.worker_id, WorkerLost(f"The engine of worker {record.worker_id} hangs."))
+                error = WorkerLost(f"The engine of worker {record.worker_id} hangs.")
+                self._sink.lost(record.worker_id, error, died=True)
 
     async def close(self) -> None:
         tasks = list(self._serving.values())

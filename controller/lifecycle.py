@@ -75,6 +75,7 @@ class Lost(msgspec.Struct, frozen=True):
     attempt: int
     side: Side
     error: PdserveError
+    died: bool = True  # False: it fell silent, which no prompt is to blame for
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -235,7 +236,7 @@ def _activate(state: ChoiceState, now: float) -> ChoiceState:
 def _lost(state: ChoiceState, event: Lost, now: float) -> Step:
     if event.side == "prefill" and state.phase == "DECODING":
         return state, ()  # its part was done
-    if state.phase != "PREFILLING" or event.side == "decode":
+    if state.phase != "PREFILLING" or event.side == "decode" or not event.died:
         return _retry(state, event.error, now)
     state, commands = _count_death(state, now)
     return (state, commands) if state.phase in FINAL else _retry(state, event.error, now)
@@ -243,7 +244,7 @@ def _lost(state: ChoiceState, event: Lost, now: float) -> Step:
 
 def _lost_late(state: ChoiceState, event: Lost, now: float) -> Step:
     """The other worker of the pair had told of the failed hand-off before the death was known."""
-    if event.attempt != state.suspect or event.side == "decode":
+    if event.attempt != state.suspect or event.side == "decode" or not event.died:
         return state, ()
     return _count_death(msgspec.structs.replace(state, suspect=0), now)
 

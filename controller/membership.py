@@ -89,6 +89,7 @@ class DeclareLost:
     """Everything that was dispatched to this incarnation is lost."""
 
     reason: str
+    silent: bool = False  # nothing says that it died: an overloaded machine looks the same
 
 
 Command: TypeAlias = Dial | DeclareLost
@@ -152,13 +153,13 @@ def _tick(member: Member, limits: Limits, now: float) -> Step:
         case "READY" | "DRAINING":
             if silent_s <= limits.silence_s:
                 return member, ()
-            return _gone(member, f"Nothing was heard of the worker for {limits.silence_s:g} s.")
+            return _gone(member, f"Nothing was heard of the worker for {limits.silence_s:g} s.", silent=True)
         case _:
             assert_never(member.state)
 
 
-def _gone(member: Member, reason: str) -> Step:
-    return replace(member, state="GONE", redialling=False, lost_reason=reason), (DeclareLost(reason),)
+def _gone(member: Member, reason: str, *, silent: bool = False) -> Step:
+    return replace(member, state="GONE", redialling=False, lost_reason=reason), (DeclareLost(reason, silent),)
 
 
 def _drained(state: WorkerState, draining: bool) -> WorkerState:

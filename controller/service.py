@@ -203,9 +203,9 @@ class ControllerService:
         self._note_presence()
         self._losses.reconciled(worker_id, snapshot, self._settings.key_prefix)
 
-    def lost(self, worker_id: str, error: WorkerLost) -> None:
+    def lost(self, worker_id: str, error: WorkerLost, *, died: bool) -> None:
         self._note_presence()
-        self._losses.lost(worker_id, error)
+        self._losses.lost(worker_id, error, died=died)
 
     def changed(self, worker_id: str) -> None:
         self._dispatcher.pump(worker_id)

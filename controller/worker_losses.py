@@ -19,7 +19,8 @@ class WorkerLosses:
         self._table = dispatcher.table
         self._clock = clock
 
-    def lost(self, worker_id: str, error: WorkerLost) -> None:
+    def lost(self, worker_id: str, error: WorkerLost, *, died: bool) -> None:
+        """`died`: what it computed may have killed it; else it only fell silent."""
         now = self._clock()
         counted: set[tuple[int, int]] = set()  # (request key, choice): one death counts once
         for dispatch in self._table.at(worker_id):
@@ -34,7 +35,7 @@ class WorkerLosses:
             for choice in sorted(dispatch.open):
                 if side == "prefill":
                     counted.add((live.key, choice))
-                live.apply(choice, Lost(dispatch.attempt, side, error), now)
+                live.apply(choice, Lost(dispatch.attempt, side, error, died), now)
             if live.wants.requeue:
                 live.migration = "prefill_lost" if side == "prefill" else "decode_lost"
             self._dispatcher.settle(live, now, error)
@@ -43,7 +44,7 @@ class WorkerLosses:
             for choice in suspect.choices:
                 if (suspect.live.key, choice) in counted:
                     continue
-                suspect.live.apply(choice, Lost(suspect.attempt, "prefill", error), now)
+                suspect.live.apply(choice, Lost(suspect.attempt, "prefill", error, died), now)
             self._dispatcher.settle(suspect.live, now, error)
         self._dispatcher.pump()
 

@@ -284,6 +284,17 @@ async def test_one_death_counts_once_though_it_cost_a_request_two_attempts() -> 
         assert timeline.attempts[-1].outcome == "finished"
 
 
+async def test_workers_that_fall_silent_do_not_quarantine_the_prompt_they_computed() -> None:
+    """An overloaded machine makes workers silent, whatever they compute."""
+    async with cluster(patience=1.0, grace_s=10.0) as twin:
+        for name in ("b0", "b1", "b2"):
+            worker = await twin.add(twin.twin(name, PREFILL, DECODE))
+            if name != "b2":
+                worker.faults.hang_engine = worker.faults.silent = True
+        request = asked(20)
+        assert (await twin.collect(request)).token_ids == expected(20)
+
+
 async def test_text_and_stop_strings_survive_a_loss() -> None:
     async with cluster() as twin:
         await twin.square()
