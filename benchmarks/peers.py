@@ -136,7 +136,8 @@ def run(plan: Plan, dtypes: Sequence[Dtype]) -> Result:
     measurements = [item for dtype in dtypes for item in measure_dtype(plan, dtype, settings)]
     notes = NOTES if plan.vllm else (*NOTES, ABSENT)
     os.sched_setaffinity(0, plan.cores)  # this thread was bound to one; the machine's description counts them
-    return result("peers", plan.mode, settings, measurements, notes=notes)
+    name = "peers" if len(dtypes) > 1 else f"peers_{dtypes[0]}"
+    return result(name, plan.mode, settings, measurements, notes=notes)
 
 
 def begin_bound(cores: Sequence[int], arguments: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ MAX_RECEIVE_BYTES = 256 * 2**20  # prompt log-probabilities of a long prompt com
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A restarted controller comes back at the same address: do not sit out gRPC's default back-off of two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # the deadline of an attempt: a busy peer answers late
     ("grpc.max_reconnect_backoff_ms", 1000),
     # A cut that no FIN announced is seen within 15 s. Shorter pings need a server that allows them.
     ("grpc.keepalive_time_ms", 10_000),

@@ -143,7 +143,7 @@ def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> g
     """To another process of the cluster. A cut is seen within 2 s, a restarted peer is found again within 1 s."""
     options = (
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 2_000),  # the deadline of an attempt: a busy peer answers late
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.keepalive_time_ms", 1_000),
         ("grpc.keepalive_timeout_ms", 1_000),
