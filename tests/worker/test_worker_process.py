@@ -188,7 +188,7 @@ async def test_a_malformed_command_ends_its_session_only(controller: ControllerT
     broken.token_ids = broken.token_ids[:-1]
     second.send(commands.generate(broken))
     await second.until(lambda: second.status is not None)
-    # A client of gRPC may see the reset of the stream before the trailers that say why.
+    # INTERNAL was seen once on a loaded machine while the worker logged no failure: presumably the reset came before the trailers.
     assert second.status in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)
     await session.until(lambda: session.finished(1))
     assert len(session.tokens(1)[0]) == 100
