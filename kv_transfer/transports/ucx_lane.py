@@ -1,7 +1,7 @@
 """Owns lanes, each a UCX context for one peer alone, and the progress that drives them.
 
-A context of its own, because its shared-memory queue is written by the peer's process: after one was killed
-inside a transfer the queue was found deaf to everybody who writes to it (ADR 1). So nobody else does, and a lost peer's lane is thrown away.
+A context of its own, because its shared-memory queue is written by the peer's process: after one was killed inside a transfer
+the queue was found deaf to everybody who writes to it (ADR 1). So nobody else does, and a lost peer's lane is thrown away.
 """
 
 from __future__ import annotations
