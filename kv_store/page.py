@@ -1,0 +1,74 @@
+"""Owns what a stored page of KV is: its id, what is known of it, and the format that all pages of a store share. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS
+from pdserve.errors import ConfigInvalid
+
+FINGERPRINT_BYTES = 8
+FORMAT_DIGEST_BYTES = 16
+
+# uint8 [layers, block_bytes]: one page through all layers. Rows are contiguous; the rows of a page in the KV arena lie apart.
+PageBytes: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class PageId:
+    """Names one full page. key: chained key of its last hash unit, or content key of a chunk's page, 32 bytes.
+    fingerprint: keyed xxh3_64 over the tokens, chained like the key but independent of it: equal keys with unequal
+    fingerprints are two different pages, and the second is a miss."""
+
+    key: bytes
+    fingerprint: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page that may be stored. parent: key of the page before it, empty at the start of a chain (and for chunks).
+    unit_keys: chained keys of its hash units, the last one is `id.key`; events to the controller name all of them.
+    tenant: digest that quotas are counted by, empty without one. saving_s: seconds of compute that a hit saves."""
+
+    id: PageId
+    parent: bytes = b""
+    unit_keys: bytes = b""
+    tenant: bytes = b""
+    saving_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PageFormat:
+    """What must be equal for the bytes of a page to be usable. identity: digest of model, weights, dtype, heads, RoPE
+    (`kv_transfer.keys.identity_digest`); the rest is representation. block_bytes: of one layer, K and V together."""
+
+    identity: bytes
+    page_tokens: int
+    layers: int
+    block_bytes: int
+
+    def __post_init__(self) -> None:
+        if len(self.identity) != HASH_BYTES or min(self.page_tokens, self.layers, self.block_bytes) < 1:
+            raise ConfigInvalid(f"{self} is no format of KV pages: sizes must be positive, the identity 32 bytes.")
+        if self.page_tokens % HASH_UNIT_TOKENS:
+            raise ConfigInvalid(
+                f"Pages of {self.page_tokens} tokens have no keys: use multiples of {HASH_UNIT_TOKENS}."
+            )
+
+    @property
+    def size_bytes(self) -> int:
+        """Of one page."""
+        return self.layers * self.block_bytes
+
+    def digest(self) -> bytes:
+        """16 bytes that stand for all fields; part of every header at rest."""
+        text = f"pdserve-kv-page-v1 {self.identity.hex()} {self.page_tokens} {self.layers} {self.block_bytes}"
+        return hashlib.sha256(text.encode()).digest()[:FORMAT_DIGEST_BYTES]
+
+    def empty(self) -> PageBytes:
+        return np.empty((self.layers, self.block_bytes), dtype=np.uint8)

@@ -1,0 +1,216 @@
+"""Owns the index of one tier: which pages are there, in which state, who reads them, and which leave when room is needed. Pure.
+
+    ABSENT --begin--> WRITING --commit--> READY(refs) --evict, drop, expire--> EVICTING (while refs > 0) --> ABSENT
+                         |
+                         +--abort--> ABSENT
+
+Only a READY page is found. Lookup and pin are one call, so nothing is evicted between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from kv_store.eviction import EvictionPolicy
+from kv_store.page import Page, PageId
+
+State = Literal["writing", "ready", "evicting"]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """place: what the tier needs to find the bytes (a slot, an offset)."""
+
+    page: Page
+    size_bytes: int
+    place: int
+    stored_s: float
+    expires_s: float  # when its time to live ends
+    state: State = "writing"
+    refs: int = 0
+    held_until_s: float = 0.0  # an operator's pin
+
+    @property
+    def key(self) -> bytes:
+        return self.page.id.key
+
+
+class TierIndex:
+    """`capacity_bytes` for all, `tenant_bytes` for each tenant (0 = no quota). Not thread-safe: its tier holds a lock."""
+
+    def __init__(self, capacity_bytes: int, policy: EvictionPolicy, ttl_s: float, tenant_bytes: int = 0) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
+        self._policy = policy
+        self._ttl_s = ttl_s
+        self._tenant_bytes = tenant_bytes
+        self._entries: dict[bytes, Entry] = {}  # in order of arrival, so of expiry too
+        self._children: dict[bytes, int] = {}  # parent key -> entries below it
+        self._tenants: dict[bytes, int] = {}  # bytes
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries.values()))
+
+    def get(self, key: bytes) -> Entry | None:
+        return self._entries.get(key)
+
+    def tenants(self) -> dict[bytes, int]:
+        """Bytes per tenant."""
+        return dict(self._tenants)
+
+    # ---- writing
+
+    def make_room(self, page: Page, size_bytes: int, now_s: float) -> tuple[bool, list[Entry]]:
+        """Whether `page` may come in, and what was evicted for it (gone either way: free their places).
+
+        It may not while it is here already, where its tenant's quota is smaller, or where what is left cannot be evicted.
+        """
+        evicted: list[Entry] = []
+        if page.id.key in self._entries or size_bytes > self.capacity_bytes:
+            return False, evicted
+        quota = self._tenant_bytes
+        if quota and size_bytes > quota:
+            return False, evicted
+        with self._kept(page.parent):
+            while quota and self._tenants.get(page.tenant, 0) + size_bytes > quota:
+                if not self._evict_one(evicted, now_s, page.tenant):
+                    return False, evicted
+            while self.used_bytes + size_bytes > self.capacity_bytes:
+                if not self._evict_one(evicted, now_s):
+                    return False, evicted
+        return True, evicted
+
+    def begin(self, page: Page, size_bytes: int, place: int, now_s: float) -> Entry:
+        """`page`, for which there is room, is being written to `place`."""
+        assert page.id.key not in self._entries
+        entry = Entry(page, size_bytes, place, now_s, now_s + self._ttl_s)
+        self._entries[entry.key] = entry
+        self.used_bytes += size_bytes
+        self._tenants[page.tenant] = self._tenants.get(page.tenant, 0) + size_bytes
+        self._children[page.parent] = self._children.get(page.parent, 0) + 1
+        return entry
+
+    def commit(self, entry: Entry) -> None:
+        """The bytes are in place: the page can be found."""
+        assert entry.state == "writing"
+        entry.state = "ready"
+        self._policy.added(entry.key, entry.size_bytes, entry.page.saving_s)
+
+    def abort(self, entry: Entry) -> None:
+        assert entry.state == "writing"
+        self._forget(entry)
+
+    # ---- reading
+
+    def present(self, ids: Sequence[PageId], now_s: float) -> int:
+        """Length of the longest prefix of `ids` that can be read."""
+        for count, page_id in enumerate(ids):
+            if self._readable(page_id, now_s) is None:
+                return count
+        return len(ids)
+
+    def pin(self, ids: Sequence[PageId], now_s: float) -> list[Entry]:
+        """The entries of the longest readable prefix of `ids`, each with one reference more. Counts as a hit of each."""
+        entries: list[Entry] = []
+        for page_id in ids:
+            entry = self._readable(page_id, now_s)
+            if entry is None:
+                break
+            entry.refs += 1
+            entries.append(entry)
+        for entry in reversed(entries):  # a parent is then never older than its child
+            self._policy.hit(entry.key)
+        return entries
+
+    def unpin(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Returns those whose place is free now: they were dropped while they were read."""
+        freed: list[Entry] = []
+        for entry in entries:
+            assert entry.refs > 0
+            entry.refs -= 1
+            if entry.state == "evicting" and not entry.refs:
+                freed.append(entry)
+        return freed
+
+    # ---- leaving
+
+    def drop(self, key: bytes) -> list[Entry]:
+        """Forgets the page under `key`. Returns it if its place is free now, else it is when the last reader is done."""
+        entry = self._entries.get(key)
+        if entry is None or entry.state != "ready":
+            return []
+        self._policy.removed(key)
+        self._forget(entry)
+        entry.state = "evicting"
+        return [] if entry.refs else [entry]
+
+    def expire(self, now_s: float) -> list[Entry]:
+        """Drops what outlived its time and is read by nobody. Returns the entries whose places are free now."""
+        gone: list[Entry] = []
+        for entry in list(self._entries.values()):
+            if entry.expires_s > now_s:
+                break
+            if entry.state == "ready" and not entry.refs and entry.held_until_s <= now_s:
+                gone += self.drop(entry.key)
+        return gone
+
+    def hold(self, key: bytes, until_s: float) -> bool:
+        """Keeps a page from eviction and expiry until then. False if it is not here."""
+        entry = self._entries.get(key)
+        if entry is None or entry.state != "ready":
+            return False
+        entry.held_until_s = until_s
+        return True
+
+    # ---- parts
+
+    def _readable(self, page_id: PageId, now_s: float) -> Entry | None:
+        entry = self._entries.get(page_id.key)
+        if entry is None or entry.state != "ready" or entry.page.id.fingerprint != page_id.fingerprint:
+            return None
+        return entry if entry.expires_s > now_s or entry.held_until_s > now_s else None
+
+    def _evict_one(self, evicted: list[Entry], now_s: float, tenant: bytes | None = None) -> bool:
+        def evictable(key: bytes) -> bool:
+            entry = self._entries[key]
+            return (
+                not entry.refs
+                and entry.held_until_s <= now_s
+                and not self._children.get(key)
+                and (tenant is None or entry.page.tenant == tenant)
+            )
+
+        key = self._policy.victim(evictable)
+        if key is None:
+            return False
+        evicted += self.drop(key)
+        return True
+
+    @contextmanager
+    def _kept(self, parent: bytes) -> Iterator[None]:
+        """The parent of a page that comes in is no leaf."""
+        self._children[parent] = self._children.get(parent, 0) + 1
+        try:
+            yield
+        finally:
+            self._leave_parent(parent)
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.key]
+        self.used_bytes -= entry.size_bytes
+        tenant = entry.page.tenant
+        self._tenants[tenant] -= entry.size_bytes
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
+        self._leave_parent(entry.page.parent)
+
+    def _leave_parent(self, parent: bytes) -> None:
+        self._children[parent] -= 1
+        if not self._children[parent]:
+            del self._children[parent]
