@@ -46,6 +46,13 @@ class PagedPool:
         for places, data in zip(rows, (key, value), strict=True):
             self._tokens[layer].index_copy_(0, places, data.reshape(len(data), -1).to(self.dtype))
 
+    def take(self, layer: int, rows: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of `rows`, as `rows` gives them -> [n, kv_heads, dim] of the pool's dtype."""
+        keys, values = (
+            self._tokens[layer].index_select(0, places).view(-1, self.kv_heads, self.dim) for places in rows
+        )
+        return keys, values
+
     def gather(self, layer: int, blocks: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `blocks` [..., pages] int64 -> [..., pages * page_tokens, kv_heads, dim] of `dtype`."""
         shape = (*blocks.shape[:-1], blocks.shape[-1] * self.page_tokens, self.kv_heads, self.dim)
