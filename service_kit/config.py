@@ -56,6 +56,14 @@ class EngineConfig(Section):
     )
     prefix_reuse: bool = Field(default=True, description="Reuse KV of equal prefixes inside a worker.")
     threads: int = Field(default=0, ge=0, description="Compute threads of one worker; 0 = cores divided by workers.")
+    cores: str = Field(
+        default="auto",
+        pattern=r"^(auto|none|\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)$",
+        description="Cores that the engines' threads are bound to, one thread per core: `auto`, `none` or a list such as `0-3,6`. "
+        "`pdserve up` gives each worker cores of its own: of the list, or with `auto` of all allowed cores that no other cluster "
+        "has bound; where those are too few, or an engine has one thread, `auto` binds none and the supervisor's log says so. "
+        "A worker started by hand binds to its list alone.",
+    )
     kernels: Literal["auto", "torch"] = Field(
         default="auto", description="On the CPU: auto = the C++ kernels where they are built, else torch's operators."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from service_kit.config import PoolConfig
@@ -11,14 +11,24 @@ from service_kit.process import ProcessSpec
 CONTROLLER = "controller"
 
 
-def process_table(pool: PoolConfig, config_file: Path, python: str) -> tuple[ProcessSpec, ...]:
-    """The controller, then the workers: p0, p1, … prefill, d0, … decode, b0, … both."""
+def process_table(
+    pool: PoolConfig, config_file: Path, python: str, cores: Sequence[Sequence[int]]
+) -> tuple[ProcessSpec, ...]:
+    """The controller, then the workers: p0, p1, … prefill, d0, … decode, b0, … both.
+
+    cores: of every worker in that order, those that its engine is bound to; empty where it is not.
+    """
     controller = ProcessSpec(CONTROLLER, (python, "-m", "controller", "--config", str(config_file)))
+    common = (python, "-m", "worker", "--config", str(config_file))
     workers = (
-        ProcessSpec(name, (python, "-m", "worker", "--config", str(config_file), "--id", name, "--roles", roles))
-        for name, roles in _workers(pool)
+        ProcessSpec(name, (*common, "--id", name, "--roles", roles, *_bound(own)))
+        for (name, roles), own in zip(_workers(pool), cores, strict=True)
     )
     return (controller, *workers)
+
+
+def _bound(cores: Sequence[int]) -> tuple[str, ...]:
+    return ("--set", f"engine.cores={','.join(map(str, cores))}") if cores else ()
 
 
 def _workers(pool: PoolConfig) -> Iterator[tuple[str, str]]:

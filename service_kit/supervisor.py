@@ -21,6 +21,8 @@ from service_kit.api_keys import api_keys_from
 from service_kit.cluster_files import ClusterFiles, ClusterRecord, ProcessRow
 from service_kit.config import ClusterConfig
 from service_kit.config_file import load_config
+from service_kit.core_binding import CoreBinding, bind_engines
+from service_kit.core_claims import CoreClaims, allowed_cores, machine_cores
 from service_kit.exposure import check_exposure
 from service_kit.logs import configure_logs, get_logger
 from service_kit.ports import choose_port
@@ -187,6 +189,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load_config(options.config, options.set)
         check_exposure(config, api_keys_from(os.environ))
+        _bind(config, frozenset(allowed_cores()))
         if options.print_config:
             sys.stdout.write(_printed(config) + "\n")
             return 0
@@ -209,13 +212,33 @@ def _run(config: ClusterConfig, files: ClusterFiles) -> None:
     files.begin(effective_config(config, addresses, files.state_dir))
     pool = config.pool
     policy = RestartPolicy(pool.restart_backoff_s, pool.restart_backoff_max_s)
-    table = process_table(pool, files.config, sys.executable)
+    claims = CoreClaims()  # held until this process ends
+    binding = _bound(config, claims)
+    table = process_table(pool, files.config, sys.executable, binding.cores)
 
     async def serve() -> None:
         await supervise(Supervisor(table, policy, files, addresses, config.worker.drain_s))
 
     asyncio.run(serve())
     files.end()
+
+
+def _bind(config: ClusterConfig, free: frozenset[int]) -> CoreBinding:
+    pool = config.pool
+    return bind_engines(config.engine, pool.prefill + pool.decode + pool.both, machine_cores(free))
+
+
+def _bound(config: ClusterConfig, claims: CoreClaims) -> CoreBinding:
+    """Claims the cores of the engines, as far as no other cluster has them."""
+    binding = _bind(config, frozenset(allowed_cores()))
+    if any(binding.cores):
+        binding = _bind(config, claims.take(allowed_cores()))
+        claims.keep({core for own in binding.cores for core in own})
+    if any(binding.cores):
+        log.info("engines_bound", cores=[",".join(map(str, own)) for own in binding.cores])
+    else:
+        log.info("engines_not_bound", reason=binding.reason)
+    return binding
 
 
 def _printed(config: ClusterConfig) -> str:

@@ -14,14 +14,19 @@ from pathlib import Path
 import uvloop
 
 from decode_worker.service import DecodeService
+from kv_store.open_store import open_store
 from pdserve.errors import ConfigInvalid, PdserveError
 from prefill_worker.service import PrefillService
+from service_kit.config import ClusterConfig
 from service_kit.config_file import load_config
+from service_kit.core_binding import Cores, bind_engines, listed_cores, openmp_environment
+from service_kit.core_claims import allowed_cores, machine_cores
 from service_kit.logs import configure_logs, get_logger
 from service_kit.process import die_with_parent
 from worker_runtime.engine_link import ProcessEngineLink
 from worker_runtime.grpc_endpoint import check_worker_exposure
 from worker_runtime.holding import RoleName
+from worker_runtime.page_tiers import OpenStore
 from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
 
 ENGINE_MODULE = "worker.engine_main"
@@ -43,19 +48,20 @@ def main(arguments: Sequence[str]) -> int:
         config = load_config(options.config, options.set)
         check_worker_exposure(config)
         roles = _roles(options.roles)
+        cores = _cores(config)
     except ConfigInvalid as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_CONFIG
     configure_logs(config.log, options.id)
     settings = NodeSettings(options.id, roles, config, _version(), new_incarnation())
-    return uvloop.run(_serve(settings, options.engine_module))
+    return uvloop.run(_serve(settings, options.engine_module, cores))
 
 
-async def _serve(settings: NodeSettings, engine_module: str) -> int:
+async def _serve(settings: NodeSettings, engine_module: str, cores: Cores) -> int:
     config = settings.config
     stop = _Stop(config.worker.drain_s)
     try:
-        starting = asyncio.create_task(_open(settings, engine_module))
+        starting = asyncio.create_task(_open(settings, engine_module, cores))
         waited: list[asyncio.Future[WorkerNode] | asyncio.Future[None]] = [starting, stop.asked]
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -75,15 +81,23 @@ async def _serve(settings: NodeSettings, engine_module: str) -> int:
         return EXIT_FAILED
 
 
-async def _open(settings: NodeSettings, engine_module: str) -> WorkerNode:
+async def _open(settings: NodeSettings, engine_module: str, cores: Cores) -> WorkerNode:
     config = settings.config
     command = (sys.executable, "-m", engine_module)
-    link = await ProcessEngineLink.start(config.model_dump_json().encode(), config.worker.engine_start_s, command)
+    frame = config.model_dump_json().encode()
+    link = await ProcessEngineLink.start(frame, config.worker.engine_start_s, command, openmp_environment(cores))
     try:
-        return await WorkerNode.open(settings, link, (PrefillService, DecodeService))
+        roles = (PrefillService, DecodeService)
+        return await WorkerNode.open(settings, link, roles, open_store=_store_opener(config))
     except BaseException:
         await link.close()
         raise
+
+
+def _store_opener(config: ClusterConfig) -> OpenStore | None:
+    if not config.store.host_bytes:
+        return None
+    return lambda page_format, news: open_store(config.store, page_format, news.listener)
 
 
 class _Stop:
@@ -138,6 +152,13 @@ def _roles(text: str) -> frozenset[RoleName]:
     if unknown:
         raise ConfigInvalid(f"--roles {text}: {unknown[0]!r} is no role; known are {', '.join(ROLES)}.")
     return frozenset(ROLES[name] for name in names)
+
+
+def _cores(config: ClusterConfig) -> Cores:
+    """What the threads of this worker's engine are bound to. Only who starts all the workers can divide the cores: see auto."""
+    if not listed_cores(config.engine.cores):
+        return ()
+    return bind_engines(config.engine, 1, machine_cores(frozenset(allowed_cores()))).cores[0]
 
 
 def _version() -> str:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol, cast
 
 from engine.protocol import ENCODER, EVENTS, Command, EngineReady, Event, Stop
@@ -52,11 +52,14 @@ class ProcessEngineLink:
         self._arena = arena
 
     @classmethod
-    async def start(cls, settings: bytes, deadline_s: float, command: Sequence[str]) -> ProcessEngineLink:
+    async def start(
+        cls, settings: bytes, deadline_s: float, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> ProcessEngineLink:
         """Starts the engine process and waits until it is ready.
 
         settings: its start-up frame. command: its argument vector, to which the link's descriptor and the pid of this process
-        are appended. Raises WorkerLost when it ends or is not ready within `deadline_s`, ConfigInvalid when it refuses to start.
+        are appended. environment: what it has beyond ours. Raises WorkerLost when it ends or is not ready within `deadline_s`,
+        ConfigInvalid when it refuses to start.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -66,7 +69,11 @@ class ProcessEngineLink:
                 str(os.getpid()),
             ]
             process = await asyncio.create_subprocess_exec(
-                *arguments, pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr.fileno()
+                *arguments,
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                env={**os.environ, **(environment or {})},
             )
         ours.setblocking(False)
         reader = FrameReader()

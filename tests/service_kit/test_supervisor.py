@@ -158,9 +158,11 @@ async def test_a_program_that_cannot_be_executed_is_retried_not_fatal(tmp_path: 
 
 
 def test_the_table_names_every_worker_and_its_roles() -> None:
-    table = process_table(PoolConfig(prefill=2, decode=1, both=1), Path("/s/config.json"), "python")
+    pool = PoolConfig(prefill=2, decode=1, both=1)
+    table = process_table(pool, Path("/s/config.json"), "python", ((0, 1), (2, 3), (), ()))
     assert [spec.name for spec in table] == ["controller", "p0", "p1", "d0", "b0"]
     assert table[0].command == ("python", "-m", "controller", "--config", "/s/config.json")
+    assert table[2].command[-5:] == ("p1", "--roles", "prefill", "--set", "engine.cores=2,3")
     assert table[4].command[-3:] == ("b0", "--roles", "prefill,decode")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,30 @@ async def test_cancel_in_the_middle_frees_every_block_of_both_engines(
         for session in (pair.prefill, pair.decode):
             session.send(commands.cancel(key))
     await pair.all_free()
+
+
+async def test_an_engine_is_bound_to_the_listed_cores_and_its_io_process_is_not(
+    controller: ControllerTwin, start_worker: StartWorker
+) -> None:
+    allowed = os.sched_getaffinity(0)
+    cores = sorted(allowed)[:2]
+    listed = f"engine.cores={','.join(map(str, cores))}"
+    sets = tuple(setting for setting in SETS if not setting.startswith("engine.threads"))
+    worker = await start_worker("d0", "decode", *sets, listed, engine_module=NATIVE)
+    session = await controller.session("d0")
+    snapshot = session.snapshots[0]
+    session.send(commands.generate(work(1, snapshot.worker.identity.digest)))
+    await session.until_finished(1)  # by then every thread of the engine has computed
+    (engine_pid,) = children(worker.process.pid)
+    bound = [mask for mask in thread_affinities(engine_pid) if len(mask) == 1]
+    assert os.sched_getaffinity(engine_pid) == {cores[0]}
+    assert set.union(*bound) == set(cores)
+    assert os.sched_getaffinity(worker.process.pid) == allowed
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def thread_affinities(pid: int) -> list[set[int]]:
+    return [os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()]
