@@ -16,7 +16,7 @@ import torch
 from engine.block_tables import BlockCopy
 from engine.protocol import Layout
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
 
 
 class KvMemory(Protocol):

@@ -23,6 +23,11 @@ class PagedAttention(Protocol):
     def step(self, batch: StepBatch) -> StepAttention: ...
 
 
+_HIGHEST = {
+    torch.float8_e4m3fn: 448.0
+}  # a type without infinities saturates: torch alone would make NaN of what lies beyond
+
+
 class PagedPool:
     """Views of the pool [layer, block, k or v, page token, kv_head, dim]."""
 
@@ -31,7 +36,11 @@ class PagedPool:
         self.dtype = pool.dtype
         self.device = pool.device
         self.layers = list(pool)
-        self._tokens = [layer.view(blocks * 2 * self.page_tokens, self.kv_heads * self.dim) for layer in pool]
+        self._bits = (
+            torch.uint8 if self.dtype.itemsize == 1 else self.dtype
+        )  # torch copies rows of bytes, but not of float8
+        raw = pool.view(self._bits)
+        self._tokens = [layer.view(blocks * 2 * self.page_tokens, self.kv_heads * self.dim) for layer in raw]
         self._pages = [layer.view(blocks * 2, self.page_tokens * self.kv_heads * self.dim) for layer in pool]
 
     def rows(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +53,12 @@ class PagedPool:
     ) -> None:
         """key, value: [n, kv_heads, dim]."""
         for places, data in zip(rows, (key, value), strict=True):
-            self._tokens[layer].index_copy_(0, places, data.reshape(len(data), -1).to(self.dtype))
+            self._tokens[layer].index_copy_(0, places, self.stored(data.reshape(len(data), -1)).view(self._bits))
+
+    def stored(self, data: torch.Tensor) -> torch.Tensor:
+        """In the pool's dtype, to the nearest, ties to even."""
+        highest = _HIGHEST.get(self.dtype)
+        return (data if highest is None else data.clamp(-highest, highest)).to(self.dtype)
 
     def take(self, layer: int, rows: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `rows`, as `rows` gives them -> [n, kv_heads, dim] of the pool's dtype."""

@@ -134,7 +134,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
     page_tokens: int
     kv_heads: int
     head_dim: int
-    dtype: str  # "float32" or "bfloat16"
+    dtype: str  # "float32", "bfloat16", or "float8_e4m3": torch's float8_e4m3fn without a scale
     block_bytes: int  # of one block of one layer, K and V together
 
 

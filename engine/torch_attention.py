@@ -73,7 +73,7 @@ class TorchStepAttention:
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         attended, window = torch.empty_like(query), self._windows[layer]
-        key, value = (x.to(self._pool.dtype).to(x.dtype) for x in (key, value))  # as later rows will read them
+        key, value = (self._pool.stored(x).to(x.dtype) for x in (key, value))  # as later rows will read them
         for group, mask in zip(self._groups, self._masks_of(window, query.dtype), strict=True):
             keys, values = self._pool.gather(layer, group.blocks, query.dtype)
             attended[group.rows] = attend_rows(query[group.rows], keys, values, mask).output
@@ -97,20 +97,20 @@ class TorchStepAttention:
     def _attend_window(self, layer: int, query: torch.Tensor, span: Span, window: int) -> torch.Tensor:
         keys, values = self._pool.gather(layer, span.blocks, query.dtype)
         ends = torch.arange(span.past, span.past + span.count, device=query.device) + 1
-        return attend_masked(query, keys, values, _visible(ends, window, len(keys), query.dtype)).output
+        return attend_masked(query, keys, values, visible(ends, window, len(keys), query.dtype)).output
 
     def _masks_of(self, window: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """[b, 1, 1, pages * page tokens] of each group."""
         if window not in self._masks:
             counts = [group.blocks.shape[1] * self._pool.page_tokens for group in self._groups]
             masks = [
-                _visible(group.lengths, window, count, dtype) for group, count in zip(self._groups, counts, strict=True)
+                visible(group.lengths, window, count, dtype) for group, count in zip(self._groups, counts, strict=True)
             ]
             self._masks[window] = [mask[:, None, None, :] for mask in masks]
         return self._masks[window]
 
 
-def _visible(ends: torch.Tensor, window: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+def visible(ends: torch.Tensor, window: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     """[n, count]: 0 where a row that ends before ends[i] sees a place, else -inf."""
     places, lasts = torch.arange(count, device=ends.device), ends.unsqueeze(1)
     hidden = (places >= lasts) | (places < lasts - window) if window else places >= lasts

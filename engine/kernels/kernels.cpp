@@ -1,4 +1,4 @@
-// Paged attention and linear layers on the CPU, in float32 over weights and KV of float32 or bfloat16.
+// Paged attention and linear layers on the CPU, in float32 over weights of float32 or bfloat16 and KV of these or float8 e4m3.
 //
 // One rule holds everywhere: a number is summed in one fixed order, whatever else is in the batch. A product of a row and a
 // column runs along their length; attention runs over keys in chunks of CHUNK from position 0, in a chunk over tiles of TILE,
@@ -6,6 +6,7 @@
 // and with its prefix shared with other rows (Hydragen, arXiv 2402.05099) or not.
 //
 // Built once per instruction set by build.py; plain C interface, pointers checked by the caller (engine/kernels/library.py).
+#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -30,6 +31,12 @@ typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 typedef int32_t VecInt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t VecBits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int16_t VecShort __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int8_t VecByte __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+// Of weights and pools; the numbers are those of _ELEMENTS in library.py. FLOAT8 is e4m3 without infinities: a sign, 4 bits of
+// exponent (bias 7), 3 of mantissa; up to 448, the code above it is NaN. It has no scale.
+enum Element : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT8 = 2 };
 
 static inline __attribute__((always_inline)) Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 static inline __attribute__((always_inline)) Vec load(const uint16_t* from) {
@@ -37,6 +44,16 @@ static inline __attribute__((always_inline)) Vec load(const uint16_t* from) {
   Vec out;
   std::memcpy(&out, &wide, sizeof out);
   return out;
+}
+// Through float16, which is 2^8 smaller with the same fields; subnormal codes cost nothing this way.
+static inline __attribute__((always_inline)) Vec load(const uint8_t* from) {
+  const VecShort wide = __builtin_convertvector(*reinterpret_cast<const VecByte*>(from), VecShort) << 7;
+  const VecShort small = (wide & static_cast<short>(0xbfff)) | ((wide & 0x3f80) == 0x3f80);  // NaN: all bits
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(small)) * 256.0f;
+#else
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(small)) * 256.0f;
+#endif
 }
 static inline __attribute__((always_inline)) void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 static inline __attribute__((always_inline)) Vec splat(float value) { return value - Vec{}; }
@@ -72,6 +89,24 @@ static inline __attribute__((always_inline)) void store_line(uint16_t* to, const
     std::memcpy(&bits, from + i, sizeof bits);
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+  }
+}
+
+// To float8 e4m3, to the nearest, ties to even; what lies outside becomes +-448, NaN stays NaN.
+static inline __attribute__((always_inline)) void store_line(uint8_t* to, const float* from, int count) {
+  for (int i = 0; i < count; i++) {
+    const float size = std::min(448.0f, std::fabs(from[i]));  // NaN: 448, replaced below
+    uint32_t sign, bits;
+    std::memcpy(&sign, from + i, sizeof sign);
+    std::memcpy(&bits, &size, sizeof bits);
+    const uint32_t power = std::max(bits & 0x7f800000, 121u << 23) + (20u << 23);  // its last bit is that of a code
+    float anchor;
+    std::memcpy(&anchor, &power, sizeof anchor);
+    const float rounded = (size + anchor) - anchor;
+    std::memcpy(&bits, &rounded, sizeof bits);
+    const uint32_t normal = (bits >> 20) - (120u << 3), subnormal = static_cast<uint32_t>(static_cast<int32_t>(rounded * 512.0f));
+    const uint32_t code = from[i] != from[i] ? 0x7f : rounded < 0.015625f ? subnormal : normal;
+    to[i] = static_cast<uint8_t>(code | (sign >> 24 & 0x80));
   }
 }
 
@@ -182,7 +217,7 @@ struct Attention {
   const float* query;      // [rows, heads, dim], rows query_stride apart
   long query_stride;
   const void* pool;        // one layer: [block, k or v, page token, kv_head, dim]
-  bool half;               // bfloat16, else float32
+  int element;             // Element
   int heads, kv_heads, dim, page_tokens;
   float scale;
   const int32_t* begins;   // [rows] first visible position
@@ -288,15 +323,14 @@ static void add_all_values(const float* score, const float* value, int dim, int 
 // Copies the keys and values of a tile side by side, widened: lines of the pool lie far apart, and a copy waits for many of
 // them at once where sums over them would wait for one after the other. Keys past the last token stay what they were: masked.
 template <typename Element>
-static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead,
-                      Scratch& s) {
+static void copy_elements(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead,
+                          Scratch& s) {
   const long line = static_cast<long>(a.kv_heads) * a.dim, to_value = line * a.page_tokens;
   const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * a.dim;
   int page = position / a.page_tokens, offset = position % a.page_tokens;
   for (int t = 0; t < tokens; page++, offset = 0) {
     const Element* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
-    for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line)
-    {
+    for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line) {
       for (int d = 0; d < a.dim; d += LANES) {
         store(s.key.data() + t * a.dim + d, load(from + d));
         store(s.value.data() + t * a.dim + d, load(from + to_value + d));
@@ -307,6 +341,14 @@ static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, in
           __builtin_prefetch(from + a.dim + to_value + d, 0, 2);
         }
     }
+  }
+}
+
+static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead, Scratch& s) {
+  switch (a.element) {
+    case FLOAT8: copy_elements<uint8_t>(a, blocks, kv_head, position, tokens, ahead, s); break;
+    case BFLOAT16: copy_elements<uint16_t>(a, blocks, kv_head, position, tokens, ahead, s); break;
+    default: copy_elements<float>(a, blocks, kv_head, position, tokens, ahead, s);
   }
 }
 
@@ -389,8 +431,7 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
       if (position >= p.most_end) continue;
       if (p.kv_head != copied) {
         const bool ahead = s.panels[s.used - 1].kv_head > p.kv_head;
-        if (a.half) copy_tile<uint16_t>(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
-        else copy_tile<float>(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
+        copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
         copied = p.kv_head;
       }
       attend_tile(a.dim, position, tokens, p, s);
@@ -461,6 +502,12 @@ static void close_panel(const Attention& a, int task, const Panel& p) {
     std::memcpy((partial ? a.partial : a.output) + place * a.dim, p.merged.data() + q * a.dim, a.dim * sizeof(float));
     if (partial) a.partial_lse[place] = p.merged_lse[q];
   }
+}
+
+template <typename Element>
+static void write_row(Element* pool, const float* from_key, const float* from_value, long key, long value, long line) {
+  store_line(pool + key, from_key, line);
+  store_line(pool + value, from_value, line);
 }
 
 // A unit of work: the queries from `first` on of one task, so many panels of them, for so many KV heads.
@@ -555,16 +602,15 @@ void kernels_rotate(float* heads, long rows, long stride, long count, long dim, 
 
 // Writes rows of keys and values [rows, line], rows a stride apart, to their places in one layer of the pool.
 void kernels_write(const float* keys, const float* values, long rows, long key_stride, long value_stride, long line,
-                   const int64_t* slots, long page_tokens, int half, void* pool) {
+                   const int64_t* slots, long page_tokens, int element, void* pool) {
   for (long row = 0; row < rows; row++) {
     const long place = slots[row] / page_tokens * 2 * page_tokens + slots[row] % page_tokens;
     const long key = place * line, value = (place + page_tokens) * line;
-    if (half) {
-      store_line(static_cast<uint16_t*>(pool) + key, keys + row * key_stride, line);
-      store_line(static_cast<uint16_t*>(pool) + value, values + row * value_stride, line);
-    } else {
-      store_line(static_cast<float*>(pool) + key, keys + row * key_stride, line);
-      store_line(static_cast<float*>(pool) + value, values + row * value_stride, line);
+    const float *from_key = keys + row * key_stride, *from_value = values + row * value_stride;
+    switch (element) {
+      case FLOAT8: write_row(static_cast<uint8_t*>(pool), from_key, from_value, key, value, line); break;
+      case BFLOAT16: write_row(static_cast<uint16_t*>(pool), from_key, from_value, key, value, line); break;
+      default: write_row(static_cast<float*>(pool), from_key, from_value, key, value, line);
     }
   }
 }

@@ -10,7 +10,7 @@ import torch
 
 from engine.kernels.build import INSTRUCTION_SETS, library_path
 
-_BITS = {torch.float32: 0, torch.bfloat16: 1}
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # enum Element of kernels.cpp
 
 
 class _Attention(ctypes.Structure):
@@ -20,7 +20,7 @@ class _Attention(ctypes.Structure):
         ("query", ctypes.c_void_p),
         ("query_stride", ctypes.c_long),
         ("pool", ctypes.c_void_p),
-        ("half", ctypes.c_bool),
+        ("element", ctypes.c_int),
         ("heads", ctypes.c_int),
         ("kv_heads", ctypes.c_int),
         ("dim", ctypes.c_int),
@@ -90,7 +90,7 @@ class Kernels:
         assert packed.shape[1] == k_count
         out = torch.empty(rows, columns)
         self._library.kernels_linear(
-            _pointer(x), _long(rows), _pointer(packed), _BITS[packed.dtype], _long(k_count),
+            _pointer(x), _long(rows), _pointer(packed), _ELEMENTS[packed.dtype], _long(k_count),
             _pointer(bias) if bias is not None else None, _pointer(out), _long(columns),
         )  # fmt: skip
         return out
@@ -130,7 +130,7 @@ class Kernels:
         assert key.stride()[1:] == value.stride()[1:] == (dim, 1)
         self._library.kernels_write(
             _pointer(key), _pointer(value), _long(rows), _long(key.stride(0)), _long(value.stride(0)),
-            _long(kv_heads * dim), _pointer(slots), _long(pool.shape[2]), _BITS[pool.dtype], _pointer(pool),
+            _long(kv_heads * dim), _pointer(slots), _long(pool.shape[2]), _ELEMENTS[pool.dtype], _pointer(pool),
         )  # fmt: skip
 
     def attention(self, query: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks) -> torch.Tensor:
@@ -146,7 +146,7 @@ class Kernels:
         partial = torch.empty(tasks.slot_count, heads, dim)
         partial_lse = torch.empty(tasks.slot_count, heads)
         call = _Attention(
-            query.data_ptr(), query.stride(0), pool.data_ptr(), bool(_BITS[pool.dtype]), heads, kv_heads, dim, page_tokens,
+            query.data_ptr(), query.stride(0), pool.data_ptr(), _ELEMENTS[pool.dtype], heads, kv_heads, dim, page_tokens,
             dim**-0.5, tasks.begins.data_ptr(), tasks.ends.data_ptr(), len(tasks.task_rows), tasks.task_rows.data_ptr(),
             tasks.task_counts.data_ptr(), tasks.task_blocks.data_ptr(), tasks.task_chunks.data_ptr(),
             tasks.task_slots.data_ptr(), tasks.rows.data_ptr(), tasks.blocks.data_ptr(), tasks.slots.data_ptr(),

@@ -42,7 +42,7 @@ def bits(recorder: Recorder) -> list[tuple[int, tuple[int, ...], tuple[float, ..
     return rows
 
 
-def drawn(directory: Path, tokens: list[int], settings: Mapping[str, int | bool], *company: list[int]) -> object:
+def drawn(directory: Path, tokens: list[int], settings: Mapping[str, int | bool | str], *company: list[int]) -> object:
     engine, recorder = open_native(directory, settings, kv_bytes=64 * MIB)
     asked = work(ASKED, tokens, sampling(NEW_TOKENS, logprobs=20))
     generate(engine, asked, *(work(key, other, sampling(9)) for key, other in enumerate(company, start=1)))
@@ -50,25 +50,31 @@ def drawn(directory: Path, tokens: list[int], settings: Mapping[str, int | bool]
     return bits(recorder)
 
 
-@pytest.mark.parametrize("length", [1, 17, 300, 1700])
-@pytest.mark.parametrize("name", MODELS)
-def test_company_and_chunks_change_no_bit(directories: dict[str, Path], name: str, length: int) -> None:
-    tokens = prompt(length)
-    alone = drawn(directories[name], tokens, {"prefill_chunk": 0, "token_budget": 4096})
+CASES = [(name, "float32", length) for name in MODELS for length in (1, 17, 300, 1700)]
+CASES += [(name, "float8_e4m3", 1700) for name in ("llama", "mistral-window")]
+
+
+@pytest.mark.parametrize(("name", "kv_dtype", "length"), CASES)
+def test_company_and_chunks_change_no_bit(directories: dict[str, Path], name: str, kv_dtype: str, length: int) -> None:
+    tokens, kv = prompt(length), {"kv_dtype": kv_dtype}
+    whole: dict[str, int | str] = {"prefill_chunk": 0, "token_budget": 4096, **kv}
+    cut: dict[str, int | str] = {"prefill_chunk": 512, "block_tokens": 32, "threads": 2, **kv}
+    alone = drawn(directories[name], tokens, whole)
     others = [prompt(other, seed=other) for other in (1, 2, 5, 40, 333, 1200)]
-    assert drawn(directories[name], tokens, {"prefill_chunk": 0, "token_budget": 4096}, *others) == alone
-    assert drawn(directories[name], tokens, {"prefill_chunk": 37}, *others) == alone
-    assert drawn(directories[name], tokens, {"prefill_chunk": 512, "block_tokens": 32, "threads": 2}, *others) == alone
+    assert drawn(directories[name], tokens, whole, *others) == alone
+    assert drawn(directories[name], tokens, {"prefill_chunk": 37, **kv}, *others) == alone
+    assert drawn(directories[name], tokens, cut, *others) == alone
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_prefix_that_others_share_changes_no_bit(directories: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize(("name", "kv_dtype"), [*((name, "float32") for name in MODELS), ("llama", "float8_e4m3")])
+def test_a_prefix_that_others_share_changes_no_bit(directories: dict[str, Path], name: str, kv_dtype: str) -> None:
     document = prompt(1700)
     tokens = document + prompt(20, seed=4)
     others = [document + prompt(length, seed=length) for length in (5, 30, 31)]
-    alone = drawn(directories[name], tokens, {"prefix_reuse": False})
+    alone = drawn(directories[name], tokens, {"prefix_reuse": False, "kv_dtype": kv_dtype})
     for share in (True, False):
-        engine, recorder = open_native(directories[name], {"shared_prefix_attention": share}, kv_bytes=64 * MIB)
+        settings = {"shared_prefix_attention": share, "kv_dtype": kv_dtype}
+        engine, recorder = open_native(directories[name], settings, kv_bytes=64 * MIB)
         generate(engine, work(99, document, sampling(1)))  # now in the pool
         for key, other in enumerate(others, start=1):
             engine.handle(Submit(work(key, other, sampling(30)), "generate"))

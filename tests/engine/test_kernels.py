@@ -88,7 +88,7 @@ def test_norms_gates_and_rotations_are_those_of_float64(kernels: Kernels) -> Non
     assert torch.equal(wide[:, 6:], untouched)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_keys_and_values_are_written_to_their_slots_rounded_as_torch_rounds(
     kernels: Kernels, dtype: torch.dtype
 ) -> None:
@@ -101,9 +101,51 @@ def test_keys_and_values_are_written_to_their_slots_rounded_as_torch_rounds(
     for row, slot in enumerate(slots.tolist()):
         for half, data in ((0, key), (1, value)):
             torch.testing.assert_close(
-                pool[slot // PAGE, half, slot % PAGE], data[row].to(dtype), rtol=0, atol=0, equal_nan=True
+                pool[slot // PAGE, half, slot % PAGE].float(), rounded(data[row], dtype), rtol=0, atol=0, equal_nan=True
             )
-    assert int((pool != 0).any(-1).any(-1).sum()) == 10
+    assert int((pool.float() != 0).any(-1).any(-1).sum()) == 10
+
+
+def rounded(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As torch rounds; float8 saturates."""
+    return (data.clamp(-448, 448) if dtype == torch.float8_e4m3fn else data).to(dtype).float()
+
+
+def written(kernels: Kernels, data: torch.Tensor) -> torch.Tensor:
+    """float32 [n * 32], through a float8 pool: the codes."""
+    rows = data.view(-1, 1, 32)
+    pool = torch.zeros(-(-len(rows) // PAGE), 2, PAGE, 1, 32, dtype=torch.float8_e4m3fn)
+    kernels.write(rows, rows, torch.arange(len(rows)), pool)
+    assert torch.equal(pool[:, 0].view(torch.uint8), pool[:, 1].view(torch.uint8))
+    return pool[:, 0].reshape(-1)[: data.numel()]
+
+
+def test_float8_is_rounded_as_torch_rounds_and_saturates(kernels: Kernels) -> None:
+    """Every finite code, its neighbours, the ties between codes and their neighbours, what lies beyond, and many others."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (codes[1:] + codes[:-1]) / 2
+    edges = torch.cat([codes, ties, torch.tensor([464.0, 480.0, 1e9, 3e38, float("inf"), 1e-40])])
+    infinity = torch.tensor(float("inf"))
+    edges = torch.cat([edges, edges.nextafter(infinity), edges.nextafter(-infinity)])
+    torch.manual_seed(11)
+    spread = torch.randn(1 << 16) * torch.randn(1 << 16).mul(6).exp()
+    data = torch.cat([edges, -edges, torch.tensor([float("nan")]), spread])
+    data = torch.nn.functional.pad(data, (0, -len(data) % 32))
+    wanted = data.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(written(kernels, data).view(torch.uint8), wanted)
+
+
+def test_every_float8_code_is_read_as_torch_reads_it(kernels: Kernels) -> None:
+    """A query that sees one key gets its value."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    pool = torch.zeros(1, 2, PAGE, 1, 256, dtype=torch.uint8)
+    pool[0, 1, 0, 0] = codes
+    alone = Tree(
+        pool.view(torch.float8_e4m3fn), [Reader(0, 1, 0, np.zeros(1, dtype=np.int32))], torch.zeros(1, 1, 256),
+        torch.ones(1, dtype=torch.int32),
+    )  # fmt: skip
+    wanted = codes.view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(attended(kernels, alone)[0, 0], wanted, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- attention
@@ -149,7 +191,7 @@ def exact(one: Tree, window: int = 0) -> torch.Tensor:
     """float64."""
     rows = []
     for reader in one.readers:
-        kv = one.pool[torch.from_numpy(reader.blocks).long()].double()
+        kv = one.pool[torch.from_numpy(reader.blocks).long()].float().double()
         key, value = (kv[:, half].reshape(-1, 2, kv.shape[-1]).repeat_interleave(3, 1) for half in (0, 1))
         for row in range(reader.count):
             end = reader.first + row + 1
@@ -169,8 +211,8 @@ def test_attention_over_trees_of_prefixes_is_that_of_float64(kernels: Kernels, s
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_head_dimension_and_both_dtypes_of_the_pool(kernels: Kernels, dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_every_head_dimension_and_every_dtype_of_the_pool(kernels: Kernels, dim: int, dtype: torch.dtype) -> None:
     one = tree(random.Random(dim), kernels, dim, dtype)
     torch.testing.assert_close(attended(kernels, one).double(), exact(one), atol=1e-5, rtol=1e-5)
 
@@ -184,7 +226,8 @@ def test_a_window_hides_what_lies_before_it(kernels: Kernels, window: int) -> No
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sharing_splitting_and_company_change_no_bit(kernels: Kernels, seed: int, threads: int) -> None:
-    one = tree(random.Random(100 + seed), kernels)
+    dtype = torch.float8_e4m3fn if seed % 4 == 3 else torch.float32
+    one = tree(random.Random(100 + seed), kernels, dtype=dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -51,19 +51,21 @@ def hand_off(source: NativeEngine, recorder: Recorder, target: NativeEngine, rec
     source.handle(ReleaseSource(done.dispatch))
 
 
-@pytest.mark.parametrize("length", [1, 16, 75, 600])
-def test_prefill_here_and_decode_there_equal_one_engine(model_dir: Path, length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "kv_dtype"), [*((length, "float32") for length in (1, 16, 75, 600)), (600, "float8_e4m3")]
+)
+def test_prefill_here_and_decode_there_equal_one_engine(model_dir: Path, length: int, kv_dtype: str) -> None:
     prompt = [(11 * position) % 500 + 5 for position in range(length)]
     drawn = sampling(20, temperature=0.7, seed=6)
-    source, announced = open_native(model_dir, {"prefill_chunk": 128})
-    target, received = open_native(model_dir)
+    source, announced = open_native(model_dir, {"prefill_chunk": 128, "kv_dtype": kv_dtype})
+    target, received = open_native(model_dir, {"kv_dtype": kv_dtype})
     for key in (1, 2):  # the second time both sides hold the prefix
         one = work(key, prompt, drawn, choices=(0, 1, 2))
         target.handle(ReserveBlocks(one, 10_000))
         finish(source, Submit(one, "prefill"))
         hand_off(source, announced, target, received, key)
         finish(target)
-        alone, told = open_native(model_dir)
+        alone, told = open_native(model_dir, {"kv_dtype": kv_dtype})
         generate(alone, one)
         for choice, tokens in told.tokens(key).items():
             assert announced.tokens(key)[choice] == tokens[:1]
