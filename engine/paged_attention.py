@@ -23,9 +23,8 @@ class PagedAttention(Protocol):
     def step(self, batch: StepBatch) -> StepAttention: ...
 
 
-_HIGHEST = {
-    torch.float8_e4m3fn: 448.0
-}  # a type without infinities saturates: torch alone would make NaN of what lies beyond
+# Beyond it a type without infinities has only NaN, as torch alone would write there.
+_HIGHEST = {torch.float8_e4m3fn: 448.0}
 
 
 class PagedPool:
@@ -36,9 +35,8 @@ class PagedPool:
         self.dtype = pool.dtype
         self.device = pool.device
         self.layers = list(pool)
-        self._bits = (
-            torch.uint8 if self.dtype.itemsize == 1 else self.dtype
-        )  # torch copies rows of bytes, but not of float8
+        # torch copies rows of bytes to places of an index, but not of float8.
+        self._bits = torch.uint8 if self.dtype.itemsize == 1 else self.dtype
         raw = pool.view(self._bits)
         self._tokens = [layer.view(blocks * 2 * self.page_tokens, self.kv_heads * self.dim) for layer in raw]
         self._pages = [layer.view(blocks * 2, self.page_tokens * self.kv_heads * self.dim) for layer in pool]
@@ -63,7 +61,8 @@ class PagedPool:
     def take(self, layer: int, rows: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `rows`, as `rows` gives them -> [n, kv_heads, dim] of the pool's dtype."""
         keys, values = (
-            self._tokens[layer].index_select(0, places).view(-1, self.kv_heads, self.dim) for places in rows
+            self._tokens[layer].index_select(0, places).view(self.dtype).view(-1, self.kv_heads, self.dim)
+            for places in rows
         )
         return keys, values
 

@@ -95,6 +95,9 @@ def test_the_views_of_a_pool_round_to_nearest_and_saturate(dtype: torch.dtype) -
     views, data = PagedPool(pool), torch.tensor([[[1.03, -447.0, 3e4, float("nan")]]])
     views.write(0, views.rows(torch.tensor([PAGE + 2])), data, -data)
     keys, values = views.gather(0, torch.tensor([1]), torch.float32)
-    for kept, given in ((keys, data), (values, -data)):
-        torch.testing.assert_close(kept[2], stored(given, dtype)[0], rtol=0, atol=0, equal_nan=True)
+    places = views.take(0, views.rows(torch.tensor([PAGE + 2])))
+    for kept, row, given in ((keys, places[0], data), (values, places[1], -data)):
+        assert row.dtype == dtype
+        torch.testing.assert_close(kept[2:3], stored(given, dtype), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(row.float(), stored(given, dtype), rtol=0, atol=0, equal_nan=True)
     assert int((pool.float() != 0).sum()) == 8
