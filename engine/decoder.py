@@ -35,6 +35,12 @@ class Decoder:
         self, layer: int, hidden: torch.Tensor, rotary: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [n, hidden] -> rotated q [n, heads, head_dim], rotated k and v [n, kv_heads, head_dim]."""
+        query_key, value = self.project(layer, hidden)
+        query_key = self.rotate(query_key, rotary)
+        return query_key[:, : self.spec.heads], query_key[:, self.spec.heads :], value
+
+    def project(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half of `pre`: q and k together [n, heads + kv_heads, head_dim], not rotated, and v [n, kv_heads, head_dim]."""
         spec, weights = self.spec, self._weights.layers[layer]
         rotated = spec.heads + spec.kv_heads
         normed = self._norm(hidden, weights.input_norm)
@@ -42,8 +48,11 @@ class Decoder:
         query_key = qkv[:, :rotated]
         if weights.qk_norm is not None:
             query_key = self._operations.norm(query_key, weights.qk_norm, spec.norm_eps)
-        query_key = self._operations.rotate(query_key, rotary)
-        return query_key[:, : spec.heads], query_key[:, spec.heads :], qkv[:, rotated:]
+        return query_key, qkv[:, rotated:]
+
+    def rotate(self, heads: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        """Rotates [n, any heads, head_dim] to the positions of `rotary`, perhaps in place."""
+        return self._operations.rotate(heads, rotary)
 
     def post(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Residual stream after `layer`: attended [n, heads, head_dim] -> hidden [n, hidden]."""
