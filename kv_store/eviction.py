@@ -1,4 +1,4 @@
-"""Owns what an eviction policy is to a tier, and the choice of one by name. Pure."""
+"""Owns what an eviction policy is to a tier. Pure. The choice of one by name: kv_store/policies.py."""
 
 from __future__ import annotations
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from kv_store.eviction import Evictable
+from kv_store.eviction_queue import EvictionQueue
 
 
 class Lru:
-    """Implements kv_store.eviction.EvictionPolicy."""
+    """Implements kv_store.eviction.EvictionPolicy. Oldest first, except that the oldest may have to be passed over."""
 
     def __init__(self) -> None:
-        self._order: OrderedDict[bytes, None] = OrderedDict()  # oldest first
+        self._queue = EvictionQueue()
 
     def added(self, key: bytes, size_bytes: int, saving_s: float) -> None:
-        self._order[key] = None
+        self._queue.push(key)
 
     def hit(self, key: bytes) -> None:
-        self._order.move_to_end(key)
+        self._queue.push(key)
 
     def victim(self, evictable: Evictable) -> bytes | None:
-        return next((key for key in self._order if evictable(key)), None)
+        return self._queue.first(evictable) or self._queue.last_resort(evictable)
 
     def removed(self, key: bytes) -> None:
-        del self._order[key]
+        self._queue.leave(key)

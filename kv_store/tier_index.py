@@ -4,17 +4,20 @@
                          |
                          +--abort--> ABSENT
 
-Only a READY page is found. Lookup and pin are one call, so nothing is evicted between them.
+Only a READY page is found. Lookup and pin are one call, so nothing is evicted between them. A page that is EVICTING still has its
+place, so its bytes count until the last reader is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from kv_store.eviction import EvictionPolicy
+from kv_store.lru import Lru
 from kv_store.page import Page, PageId
 
 State = Literal["writing", "ready", "evicting"]
@@ -39,14 +42,27 @@ class Entry:
 
 
 class TierIndex:
-    """`capacity_bytes` for all, `tenant_bytes` for each tenant (0 = no quota). Not thread-safe: its tier holds a lock."""
+    """`capacity_bytes` for all, `tenant_bytes` for each tenant (0 = no quota). Not thread-safe: its tier holds a lock.
 
-    def __init__(self, capacity_bytes: int, policy: EvictionPolicy, ttl_s: float, tenant_bytes: int = 0) -> None:
+    tenant_policy: makes the policy that chooses what a tenant at its quota gives up; one per tenant, so that finding a page of
+    that tenant does not go through the pages of all others.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        policy: EvictionPolicy,
+        ttl_s: float,
+        tenant_bytes: int = 0,
+        tenant_policy: Callable[[], EvictionPolicy] = Lru,
+    ) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self._policy = policy
         self._ttl_s = ttl_s
         self._tenant_bytes = tenant_bytes
+        self._tenant_policy = tenant_policy
+        self._tenant_policies: dict[bytes, EvictionPolicy] = {}  # only with a quota
         self._entries: dict[bytes, Entry] = {}  # in order of arrival, so of expiry too
         self._children: dict[bytes, int] = {}  # parent key -> entries below it
         self._tenants: dict[bytes, int] = {}  # bytes
@@ -72,17 +88,21 @@ class TierIndex:
         It may not while it is here already, where its tenant's quota is smaller, or where what is left cannot be evicted.
         """
         evicted: list[Entry] = []
-        if page.id.key in self._entries or size_bytes > self.capacity_bytes:
-            return False, evicted
         quota = self._tenant_bytes
-        if quota and size_bytes > quota:
+        if size_bytes > (min(quota, self.capacity_bytes) if quota else self.capacity_bytes):
             return False, evicted
+        here = self._entries.get(page.id.key)
+        if here is not None:
+            if not self._outlived(here, now_s):
+                return False, evicted
+            evicted += self.drop(here.key)
         with self._kept(page.parent):
             while quota and self._tenants.get(page.tenant, 0) + size_bytes > quota:
-                if not self._evict_one(evicted, now_s, page.tenant):
+                policy = self._tenant_policies.get(page.tenant)
+                if policy is None or not self._evict_one(policy, evicted, now_s):
                     return False, evicted
             while self.used_bytes + size_bytes > self.capacity_bytes:
-                if not self._evict_one(evicted, now_s):
+                if not self._evict_one(self._policy, evicted, now_s):
                     return False, evicted
         return True, evicted
 
@@ -100,11 +120,13 @@ class TierIndex:
         """The bytes are in place: the page can be found."""
         assert entry.state == "writing"
         entry.state = "ready"
-        self._policy.added(entry.key, entry.size_bytes, entry.page.saving_s)
+        for policy in self._policies_of(entry):
+            policy.added(entry.key, entry.size_bytes, entry.page.saving_s)
 
     def abort(self, entry: Entry) -> None:
         assert entry.state == "writing"
         self._forget(entry)
+        self._release(entry)
 
     # ---- reading
 
@@ -125,7 +147,8 @@ class TierIndex:
             entry.refs += 1
             entries.append(entry)
         for entry in reversed(entries):  # a parent is then never older than its child
-            self._policy.hit(entry.key)
+            for policy in self._policies_of(entry):
+                policy.hit(entry.key)
         return entries
 
     def unpin(self, entries: Iterable[Entry]) -> list[Entry]:
@@ -135,6 +158,7 @@ class TierIndex:
             assert entry.refs > 0
             entry.refs -= 1
             if entry.state == "evicting" and not entry.refs:
+                self._release(entry)
                 freed.append(entry)
         return freed
 
@@ -145,20 +169,30 @@ class TierIndex:
         entry = self._entries.get(key)
         if entry is None or entry.state != "ready":
             return []
-        self._policy.removed(key)
+        for policy in self._policies_of(entry):
+            policy.removed(key)
         self._forget(entry)
         entry.state = "evicting"
-        return [] if entry.refs else [entry]
+        if entry.refs:
+            return []
+        self._release(entry)
+        return [entry]
 
     def expire(self, now_s: float) -> list[Entry]:
         """Drops what outlived its time and is read by nobody. Returns the entries whose places are free now."""
-        gone: list[Entry] = []
-        for entry in list(self._entries.values()):
-            if entry.expires_s > now_s:
-                break
-            if entry.state == "ready" and not entry.refs and entry.held_until_s <= now_s:
-                gone += self.drop(entry.key)
-        return gone
+        oldest = takewhile(lambda entry: entry.expires_s <= now_s, self._entries.values())
+        outlived = [entry.key for entry in oldest if self._outlived(entry, now_s)]
+        return [gone for key in outlived for gone in self.drop(key)]
+
+    def trim(self, now_s: float) -> list[Entry]:
+        """Evicts what is beyond capacity and quotas: they were lowered, or a start found more than they allow."""
+        evicted: list[Entry] = []
+        for tenant, policy in list(self._tenant_policies.items()):
+            while self._tenants.get(tenant, 0) > self._tenant_bytes and self._evict_one(policy, evicted, now_s):
+                pass
+        while self.used_bytes > self.capacity_bytes and self._evict_one(self._policy, evicted, now_s):
+            pass
+        return evicted
 
     def hold(self, key: bytes, until_s: float) -> bool:
         """Keeps a page from eviction and expiry until then. False if it is not here."""
@@ -176,17 +210,21 @@ class TierIndex:
             return None
         return entry if entry.expires_s > now_s or entry.held_until_s > now_s else None
 
-    def _evict_one(self, evicted: list[Entry], now_s: float, tenant: bytes | None = None) -> bool:
-        def evictable(key: bytes) -> bool:
-            entry = self._entries[key]
-            return (
-                not entry.refs
-                and entry.held_until_s <= now_s
-                and not self._children.get(key)
-                and (tenant is None or entry.page.tenant == tenant)
-            )
+    def _outlived(self, entry: Entry, now_s: float) -> bool:
+        return entry.expires_s <= now_s and self._idle(entry, now_s)
 
-        key = self._policy.victim(evictable)
+    def _idle(self, entry: Entry, now_s: float) -> bool:
+        return entry.state == "ready" and not entry.refs and entry.held_until_s <= now_s
+
+    def _policies_of(self, entry: Entry) -> tuple[EvictionPolicy, ...]:
+        """Of all pages, and where there are quotas that of its tenant's."""
+        if not self._tenant_bytes:
+            return (self._policy,)
+        tenant = entry.page.tenant
+        return self._policy, self._tenant_policies.setdefault(tenant, self._tenant_policy())
+
+    def _evict_one(self, policy: EvictionPolicy, evicted: list[Entry], now_s: float) -> bool:
+        key = policy.victim(lambda key: key not in self._children and self._idle(self._entries[key], now_s))
         if key is None:
             return False
         evicted += self.drop(key)
@@ -202,13 +240,18 @@ class TierIndex:
             self._leave_parent(parent)
 
     def _forget(self, entry: Entry) -> None:
+        """It is not found any more; its place may still be read."""
         del self._entries[entry.key]
+        self._leave_parent(entry.page.parent)
+
+    def _release(self, entry: Entry) -> None:
+        """Its place is free."""
         self.used_bytes -= entry.size_bytes
         tenant = entry.page.tenant
         self._tenants[tenant] -= entry.size_bytes
         if not self._tenants[tenant]:
             del self._tenants[tenant]
-        self._leave_parent(entry.page.parent)
+            self._tenant_policies.pop(tenant, None)
 
     def _leave_parent(self, parent: bytes) -> None:
         self._children[parent] -= 1
