@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine.attention import Partial
+from engine.decoder import Decoder
 from engine.paged_attention import PagedAttention, PagedPool
 from engine.step_batch import StepBatch, block_ids
 from engine.torch_attention import TorchAttention
@@ -226,6 +227,11 @@ class Geometry:
     heads: int
     windows: tuple[int, ...]
     dtype: torch.dtype  # of queries
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> Geometry:
+        dtype = decoder.embed(torch.zeros(1, dtype=torch.int64, device=decoder.device)).dtype
+        return cls(decoder.spec.heads, decoder.spec.windows, dtype)
 
 
 def device_attention(pool: torch.Tensor, geometry: Geometry) -> PagedAttention:

@@ -1,19 +1,20 @@
 """Owns the bytes of the KV pool: a memfd in the arena's layout that the io process maps too, and on CUDA the pool beside it.
 
-On the CPU the engine computes straight in the arena. On CUDA the pool lies on the device: `publish` copies finished blocks into
-the arena before they are announced, `absorb` copies received ones out of it.
+On the CPU the engine computes straight in the arena. On CUDA the pool lies on the device: `publish` begins to copy finished
+blocks into the arena, beside the compute, and announces them when they are there; `absorb` copies received ones out of it.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from engine.block_tables import BlockCopy
+from engine.cuda_export import Copy, CopyLane, CudaLane, Exports, pin, runs
 from engine.protocol import Layout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
@@ -30,8 +31,12 @@ class KvMemory(Protocol):
     def fd(self) -> int:
         """The arena's file descriptor."""
 
-    def publish(self, layer: int, blocks: Sequence[int]) -> None:
-        """`blocks` of `layer` are final: the arena holds them when this returns."""
+    def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
+        """`blocks` of `layer` are final. `announce` is called once the arena holds them, in the order of publication: now, in a
+        later `publish` or in `settle`."""
+
+    def settle(self) -> None:
+        """Everything published is in the arena and announced when this returns. Blocks may be freed only after it."""
 
     def absorb(self, blocks: Sequence[int]) -> None:
         """The arena holds `blocks` in every layer: the pool holds them when this returns."""
@@ -40,8 +45,11 @@ class KvMemory(Protocol):
 
 
 def open_kv_memory(layout: Layout, device: torch.device) -> KvMemory:
-    arena = _Arena(layout)
-    return HostKvMemory(arena) if device.type == "cpu" else DeviceKvMemory(arena, device)
+    arena = Arena(layout)
+    if device.type == "cpu":
+        return HostKvMemory(arena)
+    pin(arena.tensor)
+    return DeviceKvMemory(arena, device, CudaLane(device))
 
 
 def copy_blocks(pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
@@ -53,7 +61,7 @@ def copy_blocks(pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
 class HostKvMemory:
     """CPU: pool and arena are the same bytes."""
 
-    def __init__(self, arena: _Arena) -> None:
+    def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self.pool = arena.tensor
 
@@ -61,8 +69,11 @@ class HostKvMemory:
     def fd(self) -> int:
         return self._arena.fd
 
-    def publish(self, layer: int, blocks: Sequence[int]) -> None:
-        pass  # computed in place
+    def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
+        announce()  # computed in place
+
+    def settle(self) -> None:
+        pass
 
     def absorb(self, blocks: Sequence[int]) -> None:
         pass  # received in place
@@ -72,29 +83,36 @@ class HostKvMemory:
 
 
 class DeviceKvMemory:
-    """CUDA: blocks are copied between pool and arena, and the copy has ended when the call returns."""
+    """CUDA: blocks are copied between pool and arena, those that are published beside the compute."""
 
-    def __init__(self, arena: _Arena, device: torch.device) -> None:
+    def __init__(self, arena: Arena, device: torch.device, lane: CopyLane) -> None:
         self._arena = arena
+        self._lane = lane
+        self._exports = Exports()
         self.pool = torch.zeros_like(arena.tensor, device=device)
 
     @property
     def fd(self) -> int:
         return self._arena.fd
 
-    def publish(self, layer: int, blocks: Sequence[int]) -> None:
-        ids = torch.tensor(blocks)
-        self._arena.tensor[layer][ids] = self.pool[layer][ids.to(self.pool.device)].cpu()
+    def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
+        self._exports.announce_ended()
+        target, source = self._arena.tensor[layer], self.pool[layer]
+        self._exports.add(self._lane.copy([Copy(target[run], source[run]) for run in runs(blocks)]), announce)
+
+    def settle(self) -> None:
+        self._exports.settle()
 
     def absorb(self, blocks: Sequence[int]) -> None:
-        ids = torch.tensor(blocks)
-        self.pool[:, ids.to(self.pool.device)] = self._arena.tensor[:, ids].to(self.pool.device)
+        layers = zip(self.pool, self._arena.tensor, strict=True)
+        copies = [Copy(pool[run], arena[run]) for pool, arena in layers for run in runs(blocks)]
+        self._lane.copy(copies).synchronize()
 
     def close(self) -> None:
         self._arena.close()
 
 
-class _Arena:
+class Arena:
     """The memfd, mapped as a tensor. Its pages are touched at once: a fresh page costs more than the copy into it."""
 
     def __init__(self, layout: Layout) -> None:

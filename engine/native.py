@@ -6,11 +6,14 @@ import os
 import secrets
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import assert_never
 
 import torch
 
 from engine.block_tables import BlockTables
+from engine.cuda_graphs import cuda_graphs
+from engine.cuda_varlen import Geometry, device_attention
 from engine.dispatch_desk import DispatchDesk
 from engine.forward import ForwardPass
 from engine.kernel_attention import KernelAttention
@@ -74,7 +77,8 @@ class NativeEngine:
         doorkeeper = Doorkeeper(model.max_context_tokens, layout.page_tokens, layout.blocks, model.spec.vocab)
         seed = secrets.randbits(64)
         self._desk = DispatchDesk(self._tables, self._schedule, doorkeeper, sink, time.monotonic, seed)
-        self._forward = ForwardPass(model.decoder, _attention(model, memory, engine))
+        graphs = cuda_graphs(model.decoder) if engine.cuda_graphs else None
+        self._forward = ForwardPass(model.decoder, _attention(model, memory, engine), graphs)
         self._sampler = Sampler(model.spec.vocab, model.spec.eos_token_ids, model.device)
         self._steps = 0
         self._step_ms = 0.0
@@ -192,6 +196,7 @@ class NativeEngine:
         announcements = [item for part in plan.parts if (item := self._announcement(part)) is not None]
         hidden = self._forward.run(batch, lambda layer: self._announce(layer, announcements))
         self._score_prompts(batch, hidden)
+        self._memory.settle()  # before anything that frees blocks, and before PrefillDone
         drawing = self._advance(batch)
         self._draw(batch, drawing, hidden)
         self._steps += 1
@@ -212,8 +217,8 @@ class NativeEngine:
 
     def _announce(self, layer: int, announcements: list[_Announcement]) -> None:
         for item in announcements:
-            self._memory.publish(layer, item.blocks)
-            self._sink.emit(KvReady(item.sequence.state.dispatch, layer, item.first, len(item.blocks)))
+            ready = KvReady(item.sequence.state.dispatch, layer, item.first, len(item.blocks))
+            self._memory.publish(layer, item.blocks, partial(self._sink.emit, ready))
         if announcements:
             self._sink.flush()  # a layer's KV leaves while the next one is computed
 
@@ -316,8 +321,10 @@ def policy_of(engine: EngineConfig, blocks: int) -> SetPolicy:
 
 
 def _attention(model: LoadedModel, memory: KvMemory, engine: EngineConfig) -> PagedAttention:
-    if model.kernels is None:
+    if model.kernels is None and (model.device.type == "cpu" or engine.kernels == "torch"):
         return TorchAttention(memory.pool, model.spec.windows)
+    if model.kernels is None:
+        return device_attention(memory.pool, Geometry.of(model.decoder))
     return KernelAttention(memory.pool, model.kernels, model.spec.windows, share=engine.shared_prefix_attention)
 
 

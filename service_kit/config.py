@@ -67,7 +67,12 @@ class EngineConfig(Section):
         "A worker started by hand binds to its list alone.",
     )
     kernels: Literal["auto", "torch"] = Field(
-        default="auto", description="On the CPU: auto = the C++ kernels where they are built, else torch's operators."
+        default="auto",
+        description="auto = on the CPU the C++ kernels where they are built, on CUDA torch's varlen attention where a trial at "
+        "start gives the right answers; else torch's operators.",
+    )
+    cuda_graphs: bool = Field(
+        default=True, description="On CUDA: replay what lies between attention from graphs in steps that only decode."
     )
     shared_prefix_attention: bool = Field(
         default=True, description="Read a prefix that running sequences share once for all of them (Hydragen)."
