@@ -58,7 +58,7 @@ class DecodeService:
         )
         if work is not None:
             context.dispatches.admit(work, controller_id, LocalDispatch(context, work))
-            context.engine.send(Submit(work, "generate"))
+            context.entrance.submit(Submit(work, "generate"))
 
     def _reserve_refusal(self, work: Work) -> PdserveError | None:
         context = self._context

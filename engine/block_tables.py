@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.pool import BlockPool, PoolExhausted
 from engine.prefix_index import KeyChain, PrefixIndex
-from engine.protocol import KvEvicted, KvStored
+from engine.protocol import KvEvicted, KvStored, OfferedPage
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +29,50 @@ class BlockCopy:
     target: int
 
 
+class Offers:
+    """Pages on offer to be saved: each holds one reference of its block until `end`. `limit`: as many at a time, the others
+    wait for their turn."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self._held: set[int] = set()
+        self._waiting: deque[OfferedPage] = deque()
+        self._fresh: list[OfferedPage] = []
+        self._skipped = 0
+
+    def wait(self, page: OfferedPage) -> None:
+        if self.limit:
+            self._waiting.append(page)
+
+    def next_waiting(self) -> OfferedPage | None:
+        """The page whose turn it is, if there is room for one."""
+        return self._waiting.popleft() if self._waiting and len(self._held) < self.limit else None
+
+    def begin(self, page: OfferedPage) -> None:
+        assert page.block not in self._held  # a block on offer is not evicted, and so enters the index once
+        self._held.add(page.block)
+        self._fresh.append(page)
+
+    def skip(self) -> None:
+        self._skipped += 1
+
+    def end(self, block: int) -> bool:
+        """Whether `block` was on offer."""
+        if block not in self._held:
+            return False
+        self._held.remove(block)
+        return True
+
+    def blocks(self) -> list[int]:
+        return list(self._held)
+
+    def take(self) -> tuple[tuple[OfferedPage, ...], int]:
+        """Offers since the last call, and how many pages left the index before their turn came."""
+        fresh, skipped = tuple(self._fresh), self._skipped
+        self._fresh, self._skipped = [], 0
+        return fresh, skipped
+
+
 class BlockTables:
     """All tables of one engine: the only holder of pool and index, so that they cannot disagree."""
 
@@ -36,6 +81,7 @@ class BlockTables:
         self.page_tokens = page_tokens
         self._index = PrefixIndex()
         self._news: list[KvStored | KvEvicted] = []
+        self.offers = Offers()
 
     def pages_for(self, token_count: int) -> int:
         return -(-token_count // self.page_tokens)
@@ -84,9 +130,13 @@ class BlockTables:
         if full <= table.stored:
             return
         pages = table.chain.pages(tokens, full)
-        for page, block in zip(pages[table.stored :], table.blocks[table.stored :], strict=False):
+        for ordinal in range(table.stored, len(pages)):
+            page, block = pages[ordinal], table.blocks[ordinal]
             if self._index.store(block, page):
                 self._tell(KvStored(page.unit_keys))
+                parent = pages[ordinal - 1].key if ordinal else b""
+                self.offers.wait(OfferedPage(block, page.unit_keys, page.fingerprint, parent))
+        self._offer_waiting()
         table.stored = full
 
     def clear_cached(self) -> None:
@@ -94,19 +144,33 @@ class BlockTables:
         for block in self.pool.drop_cached():
             self._tell(KvEvicted(self._index.forget(block)))
 
+    def saved(self, blocks: Iterable[int]) -> None:
+        """Offered blocks that are not read any more. Unknown ones change nothing."""
+        self._release([block for block in blocks if self.offers.end(block)])
+        self._offer_waiting()
+
     def take_news(self) -> list[KvStored | KvEvicted]:
         """What entered and left the index since the last call, in order."""
         news, self._news = self._news, []
         return news
 
     def leaked(self, tables: Iterable[Table]) -> int:
-        return self.pool.leaked(table.blocks for table in tables)
+        return self.pool.leaked([*(table.blocks for table in tables), self.offers.blocks()])
 
     def _allocate(self, count: int) -> list[int]:
         blocks, evicted = self.pool.allocate(count)
         for block in evicted:
             self._tell(KvEvicted(self._index.forget(block)))
         return blocks
+
+    def _offer_waiting(self) -> None:
+        """Puts pages on offer as far as the limit goes; those that were evicted meanwhile are skipped."""
+        while (page := self.offers.next_waiting()) is not None:
+            if self._index.holds(page.block, page.unit_keys):
+                self.pool.share([page.block])
+                self.offers.begin(page)
+            else:
+                self.offers.skip()
 
     def _release(self, blocks: Sequence[int]) -> None:
         self.pool.release(blocks, [block in self._index for block in blocks])
@@ -118,4 +182,4 @@ class BlockTables:
         self._news.append(news)
 
 
-__all__ = ["BlockCopy", "BlockTables", "PoolExhausted", "Table"]
+__all__ = ["BlockCopy", "BlockTables", "Offers", "PoolExhausted", "Table"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from engine.forward import ForwardPass
 from engine.kernel_attention import KernelAttention
 from engine.kv_memory import KvMemory, copy_blocks
 from engine.loaded_model import LoadedModel, load_model
+from engine.page_loads import PageLoads
 from engine.paged_attention import PagedAttention
 from engine.pool import BlockPool
 from engine.pool_size import resident_bytes
@@ -29,8 +29,13 @@ from engine.protocol import (
     Command,
     EngineReady,
     EventSink,
+    KvOffered,
     KvReady,
     Load,
+    LoadPages,
+    OfferPages,
+    PagesLoaded,
+    PagesSaved,
     PromptLogprobs,
     ReleaseSource,
     ReserveBlocks,
@@ -47,6 +52,7 @@ from engine.sequences import Sequence
 from engine.step_batch import StepBatch, build
 from engine.step_tokens import StepColumns
 from engine.torch_attention import TorchAttention
+from kv_transfer.keys import fingerprint_seed
 from pdserve.errors import NoCapacity, PdserveError
 from service_kit.config import EngineConfig, ModelConfig
 
@@ -75,8 +81,9 @@ class NativeEngine:
         self._tables = BlockTables(BlockPool(layout.blocks), layout.page_tokens)
         self._schedule = Schedule(self._tables, policy_of(engine, layout.blocks), prefix_reuse=engine.prefix_reuse)
         doorkeeper = Doorkeeper(model.max_context_tokens, layout.page_tokens, layout.blocks, model.spec.vocab)
-        seed = secrets.randbits(64)
+        seed = fingerprint_seed(model.identity)
         self._desk = DispatchDesk(self._tables, self._schedule, doorkeeper, sink, time.monotonic, seed)
+        self._loads = PageLoads(self._tables, seed)
         graphs = cuda_graphs(model.decoder) if engine.cuda_graphs else None
         self._forward = ForwardPass(model.decoder, _attention(model, memory, engine), graphs)
         self._sampler = Sampler(model.spec.vocab, model.spec.eos_token_ids, model.device)
@@ -128,6 +135,14 @@ class NativeEngine:
                 self._schedule.policy = command
             case ClearPrefixCache():
                 self._tables.clear_cached()
+            case OfferPages():
+                self._tables.offers.limit = command.limit_blocks
+            case PagesSaved():
+                self._tables.saved(command.blocks)
+            case LoadPages():
+                self._open_load(command)
+            case PagesLoaded():
+                self._loads.end(command, self._memory.absorb)
             case Stop():
                 pass
             case _:
@@ -170,7 +185,7 @@ class NativeEngine:
         """Leaked blocks. The audit walks all tables, so it is not made for every answer to a reservation."""
         now_s = time.monotonic()
         if now_s >= self._audit_due_s:
-            self._leaked = self._tables.leaked(self._desk.held_tables())
+            self._leaked = self._tables.leaked([*self._desk.held_tables(), *self._loads.tables()])
             self._audit_due_s = now_s + _AUDIT_INTERVAL_S
         return self._leaked
 
@@ -308,9 +323,29 @@ class NativeEngine:
         else:
             self._desk.end_choices(sequence.state, sequence.choices)
 
+    def _open_load(self, command: LoadPages) -> None:
+        opened = self._loads.open(command, self._schedule.policy.decode_headroom_blocks)
+        if opened is not None:
+            self._sink.emit(opened)
+            self._sink.flush()
+
     def _tell_news(self) -> None:
         for news in self._tables.take_news():
             self._sink.emit(news)
+        offered, skipped = self._tables.offers.take()
+        if offered or skipped:
+            self._offer(KvOffered(offered, skipped))
+
+    def _offer(self, event: KvOffered) -> None:
+        """Tells it once the arena holds the last layer of its pages."""
+        blocks, last = [page.block for page in event.pages], self._model.spec.layers - 1
+        for layer in range(last):
+            self._memory.publish(layer, blocks, _untold)
+        self._memory.publish(last, blocks, lambda: self._sink.emit(event))
+
+
+def _untold() -> None:
+    """What is published layer by layer and told at the last one."""
 
 
 def policy_of(engine: EngineConfig, blocks: int) -> SetPolicy:

@@ -81,6 +81,11 @@ class PrefixIndex:
     def __contains__(self, block: int) -> bool:
         return block in self._pages
 
+    def holds(self, block: int, unit_keys: bytes) -> bool:
+        """Whether `block` still is the page of these keys."""
+        page = self._pages.get(block)
+        return page is not None and page.unit_keys == unit_keys
+
     def store(self, block: int, page: PageKey) -> bool:
         """Enters a full page. False if the key or the block is in the index already."""
         if page.key in self._blocks or block in self._pages:

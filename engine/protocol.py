@@ -117,11 +117,55 @@ class ClearPrefixCache(msgspec.Struct, frozen=True, tag="clear_prefix_cache", ar
     """Forget every block that no sequence holds."""
 
 
+class OfferPages(msgspec.Struct, frozen=True, tag="offer_pages", array_like=True):
+    """Offer full pages that enter the prefix index to be saved, at most `limit_blocks` at a time; 0, as before the first of these
+    commands: none."""
+
+    limit_blocks: int
+
+
+class PagesSaved(msgspec.Struct, frozen=True, tag="pages_saved", array_like=True):
+    """`blocks` of KvOffered are not read any more, whether they were saved or not."""
+
+    blocks: tuple[int, ...]
+
+
+class LoadPages(msgspec.Struct, frozen=True, tag="load_pages", array_like=True):
+    """Open blocks for the full pages of `token_ids` that the prefix index lacks. Answered at once by PagesOpened; they stay
+    reserved until PagesLoaded. token_ids, block_hashes: as in Work."""
+
+    load_id: int
+    token_ids: bytes
+    block_hashes: bytes
+
+
+class PagesLoaded(msgspec.Struct, frozen=True, tag="pages_loaded", array_like=True):
+    """The first `count` opened blocks of `load_id` hold verified KV in every layer and enter the index; nobody writes to any
+    of them any more."""
+
+    load_id: int
+    count: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop", array_like=True):
     """Leave the loop. Running work is dropped; draining is the io process's business."""
 
 
-Command = Submit | ReserveBlocks | Activate | Cancel | WriterDone | ReleaseSource | SetPolicy | ClearPrefixCache | Stop
+Command = (
+    Submit
+    | ReserveBlocks
+    | Activate
+    | Cancel
+    | WriterDone
+    | ReleaseSource
+    | SetPolicy
+    | ClearPrefixCache
+    | OfferPages
+    | PagesSaved
+    | LoadPages
+    | PagesLoaded
+    | Stop
+)
 
 # ---- events, engine -> io
 
@@ -249,6 +293,32 @@ class KvEvicted(msgspec.Struct, frozen=True, tag="kv_evicted", array_like=True):
     block_hashes: bytes
 
 
+class OfferedPage(msgspec.Struct, frozen=True, array_like=True):
+    """A full page that is final in the arena. unit_keys: of its hash units; parent: key of the page before it, or empty."""
+
+    block: int
+    unit_keys: bytes
+    fingerprint: int
+    parent: bytes
+
+
+class KvOffered(msgspec.Struct, frozen=True, tag="kv_offered", array_like=True):
+    """These pages keep their bytes until PagesSaved. skipped: pages that were evicted since the last event before
+    their turn came: no more than OfferPages allows are on offer at a time."""
+
+    pages: tuple[OfferedPage, ...]
+    skipped: int
+
+
+class PagesOpened(msgspec.Struct, frozen=True, tag="pages_opened", array_like=True):
+    """Pages [0, first_page) are in the pool already; `blocks` wait for those after them. Empty: there is no room, or nothing to
+    load; PagesLoaded must follow all the same."""
+
+    load_id: int
+    first_page: int
+    blocks: tuple[int, ...]
+
+
 class Load(msgspec.Struct, frozen=True, tag="load", array_like=True):
     """Sent at least every 0.25 s, also when idle, and after every Reserved or ReserveRefused."""
 
@@ -280,6 +350,8 @@ Event = (
     | Freed
     | KvStored
     | KvEvicted
+    | KvOffered
+    | PagesOpened
     | Load
 )
 

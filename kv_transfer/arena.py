@@ -69,6 +69,12 @@ class Arena:
         start = (layer * shape.blocks + first_block_id) * shape.block_bytes
         return self._view[start : start + count * shape.block_bytes]
 
+    def whole(self) -> memoryview:
+        """All bytes, writable, format "B"."""
+        if self._view is None:
+            raise InternalError("The KV arena is closed.")
+        return self._view
+
     def prefault(self) -> None:
         """Maps every page now: the first transfer into fresh pages is 2-10 times slower. Reads, so content stays."""
         if self._view is not None:

@@ -51,3 +51,9 @@ def chain_hashes(parent: bytes, token_ids: bytes) -> bytes:
         parent = digest.digest()
         keys.append(parent)
     return b"".join(keys)
+
+
+def fingerprint_seed(identity: bytes) -> int:
+    """Key of the token fingerprints (xxh3_64) that are kept beside the chained keys. The same in every process that serves this
+    identity, because pages outlive processes."""
+    return int.from_bytes(identity[:8], "little")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.protocol import Cancel, KvReady, PrefillDone, ReleaseSource, SetPolicy, Started, Submit, Work, WorkFailed
+from kv_transfer.keys import TOKEN_BYTES
 from kv_transfer.sender import HandoffOutcome
 from pdserve.errors import Cancelled, InvalidRequest, PdserveError, error_from_reason
 from pdserve.v1 import worker_pb2
@@ -61,16 +62,18 @@ class PrefillDispatch:
         self._work = work
         self._handoff = context.kv.send(work, message.grant, message.decode_address)
         self._compute_us = 0
+        self._cached_tokens = 0
         self._computed = False
         self._tokens_sequence = 0
 
     def start(self) -> None:
-        self._context.engine.send(Submit(self._work, "prefill"))
+        self._context.entrance.submit(Submit(self._work, "prefill"))
         self._context.tasks.spawn(self._settle(), self._failed)
 
     def engine_event(self, event: DispatchEvent) -> None:
         match event:
             case Started():
+                self._cached_tokens = event.cached_tokens
                 self._handoff.source_blocks(event.blocks)
             case KvReady():
                 self._handoff.kv_ready(event.layer, event.first_block, event.block_count)
@@ -91,6 +94,8 @@ class PrefillDispatch:
     def _prefill_done(self, event: PrefillDone) -> None:
         self._computed = True
         self._compute_us = event.compute_us
+        computed_tokens = len(self._work.token_ids) // TOKEN_BYTES - self._cached_tokens
+        self._context.entrance.computed(computed_tokens, event.compute_us / 1e6)
         if event.going_on:
             self._handoff.finish(event.going_on)
         else:

@@ -92,6 +92,36 @@ class TransferConfig(Section):
     connect_s: float = Field(default=5.0, gt=0, description="Deadline to connect to a peer.")
 
 
+class StoreConfig(Section):
+    host_bytes: int = Field(
+        default=256 * 2**20,
+        ge=0,
+        description="Host RAM tier of one worker, in bytes; 0 = no tiers below the device at all.",
+    )
+    disk_bytes: int = Field(default=2**30, ge=0, description="Disk tier of one worker, in bytes; 0 = none.")
+    disk_dir: Path | None = Field(
+        default=None, description="Directory of the disk tier; default: kv/ID in the state directory."
+    )
+    redis_url: str = Field(
+        default="",
+        description="Redis tier shared by all workers: redis://HOST:PORT/DB or rediss://...; empty = none. "
+        "A password belongs in PDSERVE_REDIS_PASSWORD.",
+    )
+    eviction: Literal["lru", "s3-fifo", "gdsf"] = Field(
+        default="lru", description="Which pages leave the host and the disk tier first."
+    )
+    ttl_s: float = Field(default=86_400.0, gt=0, description="How long a page is kept at most.")
+    tenant_bytes: int = Field(
+        default=0, ge=0, description="Bytes of one tenant (cache_salt) in each tier; 0 = no quota."
+    )
+    load_deadline_s: float = Field(
+        default=2.0, gt=0, description="Longest wait for pages before a prompt is computed instead."
+    )
+    offered_share: float = Field(
+        default=0.25, gt=0, le=1, description="Share of the device pool that may wait to be copied to the host tier."
+    )
+
+
 class ControllerConfig(Section):
     host: str = Field(default="127.0.0.1", description="Address of the HTTP API.")
     port: int = Field(default=8000, ge=0, le=65535, description="HTTP port; 0 = a free one.")
@@ -147,6 +177,7 @@ class ClusterConfig(Section):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
+    store: StoreConfig = StoreConfig()
     controller: ControllerConfig = ControllerConfig()
     worker: WorkerConfig = WorkerConfig()
     pool: PoolConfig = PoolConfig()

@@ -17,6 +17,11 @@ from engine.protocol import (
     Dispatch,
     EventSink,
     Freed,
+    LoadPages,
+    OfferPages,
+    PagesLoaded,
+    PagesOpened,
+    PagesSaved,
     PrefillDone,
     ReleaseSource,
     ReserveBlocks,
@@ -80,6 +85,10 @@ class CommandDesk:
                 self.policy = command
             case ClearPrefixCache():
                 self._tables.clear_cached()
+            case LoadPages():
+                self._sink.emit(PagesOpened(command.load_id, 0, ()))  # modelled KV has no bytes to load
+            case OfferPages() | PagesSaved() | PagesLoaded():
+                pass
             case Stop():
                 pass
             case _:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from engine.protocol import Cancel
 from pdserve.errors import InvalidRequest, NotFound
 from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
@@ -74,7 +73,7 @@ class CommandRouter:
         if record.tokens_ended:
             self._bury(record)
         elif stopped:
-            self._context.engine.send(Cancel(dispatch, stopped))
+            self._context.entrance.cancel_choices(dispatch, stopped)
 
     def _bury(self, record: DispatchRecord) -> None:
         ended = record.ended

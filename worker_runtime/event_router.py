@@ -9,9 +9,11 @@ from engine.protocol import (
     Event,
     Freed,
     KvEvicted,
+    KvOffered,
     KvReady,
     KvStored,
     Load,
+    PagesOpened,
     PrefillDone,
     PromptLogprobs,
     Reserved,
@@ -25,14 +27,23 @@ from worker_runtime.dispatches import DispatchEvent, DispatchTable
 from worker_runtime.load import LoadBoard
 from worker_runtime.reports import DispatchReports
 from worker_runtime.session import SessionHub
+from worker_runtime.work_entrance import WorkEntrance
 
 
 class EventRouter:
-    def __init__(self, dispatches: DispatchTable, reports: DispatchReports, load: LoadBoard, hub: SessionHub) -> None:
+    def __init__(
+        self,
+        dispatches: DispatchTable,
+        reports: DispatchReports,
+        load: LoadBoard,
+        hub: SessionHub,
+        entrance: WorkEntrance,
+    ) -> None:
         self._dispatches = dispatches
         self._reports = reports
         self._load = load
         self._hub = hub
+        self._entrance = entrance
 
     def route(self, event: Event) -> None:
         """Events of dispatches that are unknown or ended have no effect: they crossed a Cancel."""
@@ -52,6 +63,10 @@ class EventRouter:
                 self._hub.kv_stored(event.block_hashes)
             case KvEvicted():
                 self._hub.kv_evicted(event.block_hashes)
+            case KvOffered():
+                self._entrance.offered(event)
+            case PagesOpened():
+                self._entrance.opened(event)
             case Freed():
                 pass  # blocks are the engine's; its Load tells how many are free
             case EngineReady():

@@ -1,4 +1,4 @@
-"""Owns which block hashes the engine's prefix index holds, so that a controller can be given a snapshot. Pure."""
+"""Owns which block hashes one tier of this worker holds, so that a controller can be given a snapshot. Pure."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ class KvIndex:
 
     def __len__(self) -> int:
         return len(self._hashes)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._hashes
 
     def stored(self, block_hashes: bytes) -> None:
         self._hashes.update(dict.fromkeys(_cut(block_hashes, HASH_BYTES)))

@@ -18,6 +18,7 @@ from worker_runtime.load import LoadBoard
 from worker_runtime.messages import work_from_proto
 from worker_runtime.reports import DispatchReports
 from worker_runtime.task_owner import TaskOwner
+from worker_runtime.work_entrance import WorkEntrance
 
 CommandHandler = Callable[[str, worker_pb2.SessionRequest], None]  # controller_id, command
 
@@ -28,6 +29,7 @@ class RoleContext:
 
     config: ClusterConfig
     engine: EngineLink
+    entrance: WorkEntrance
     kv: KvEndpoint
     dispatches: DispatchTable
     reports: DispatchReports

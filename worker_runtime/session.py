@@ -81,7 +81,7 @@ class SessionHub:
     ) -> None:
         self._orphan_s = orphan_s
         self._buffer_bytes = buffer_bytes
-        self._index = index
+        self._indexes = {DEVICE_TIER: index}
         self._load = load
         self._clock = clock
         self._sessions: dict[str, ControllerSession] = {}
@@ -145,13 +145,13 @@ class SessionHub:
             stream.load_due = True
             stream.wake()
 
-    def kv_stored(self, block_hashes: bytes) -> None:
-        self._index.stored(block_hashes)
-        self._kv_event(worker_pb2.KvEvent.KIND_STORED, block_hashes)
+    def kv_stored(self, block_hashes: bytes, tier: str = DEVICE_TIER) -> None:
+        self._indexes.setdefault(tier, KvIndex()).stored(block_hashes)
+        self._kv_event(worker_pb2.KvEvent.KIND_STORED, block_hashes, tier)
 
-    def kv_evicted(self, block_hashes: bytes) -> None:
-        self._index.evicted(block_hashes)
-        self._kv_event(worker_pb2.KvEvent.KIND_EVICTED, block_hashes)
+    def kv_evicted(self, block_hashes: bytes, tier: str = DEVICE_TIER) -> None:
+        self._indexes.setdefault(tier, KvIndex()).evicted(block_hashes)
+        self._kv_event(worker_pb2.KvEvent.KIND_EVICTED, block_hashes, tier)
 
     def drain(self, stream: SessionStream) -> Iterator[worker_pb2.SessionResponse]:
         """What is to be written to `stream` now, oldest first."""
@@ -210,15 +210,17 @@ class SessionHub:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _kv_event(self, kind: worker_pb2.KvEvent.Kind.ValueType, block_hashes: bytes) -> None:
-        event = worker_pb2.KvEvent(kind=kind, block_hashes=block_hashes, tier=DEVICE_TIER)
+    def _kv_event(self, kind: worker_pb2.KvEvent.Kind.ValueType, block_hashes: bytes, tier: str) -> None:
+        event = worker_pb2.KvEvent(kind=kind, block_hashes=block_hashes, tier=tier)
         for stream in self._streams():
             stream.add_kv_event(event)
 
     def _kv_snapshot(self) -> Iterator[worker_pb2.KvEvent]:
-        yield worker_pb2.KvEvent(kind=worker_pb2.KvEvent.KIND_CLEARED, tier=DEVICE_TIER)
-        for block_hashes in self._index.snapshot():
-            yield worker_pb2.KvEvent(kind=worker_pb2.KvEvent.KIND_STORED, block_hashes=block_hashes, tier=DEVICE_TIER)
+        """Begins with CLEARED: of all tiers."""
+        yield worker_pb2.KvEvent(kind=worker_pb2.KvEvent.KIND_CLEARED)
+        for tier, index in self._indexes.items():
+            for block_hashes in index.snapshot():
+                yield worker_pb2.KvEvent(kind=worker_pb2.KvEvent.KIND_STORED, block_hashes=block_hashes, tier=tier)
 
     def _kv_message(self, stream: SessionStream, events: list[worker_pb2.KvEvent]) -> worker_pb2.SessionResponse:
         """Numbers are contiguous per controller and incarnation; a message that begins with CLEARED starts afresh."""

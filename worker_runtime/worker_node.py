@@ -24,6 +24,7 @@ from worker_runtime.holding import Holding, RoleName
 from worker_runtime.kv_endpoint import KvEndpoint, kv_side, open_transports
 from worker_runtime.kv_index import KvIndex
 from worker_runtime.load import LoadBoard
+from worker_runtime.page_tiers import OpenStore, PageTiers, TierNews, page_format
 from worker_runtime.registration import Registration
 from worker_runtime.reports import DispatchReports
 from worker_runtime.roles import RoleContext, RoleFactory, combined_policy
@@ -31,6 +32,7 @@ from worker_runtime.session import SessionHub
 from worker_runtime.session_service import SessionService
 from worker_runtime.snapshots import held_dispatches
 from worker_runtime.task_owner import TaskOwner
+from worker_runtime.work_entrance import DirectEntrance, WorkEntrance
 
 SWEEP_S = 0.1
 LAST_WORDS_S = 2.0  # for controllers to take what a drained worker still has to say
@@ -57,7 +59,13 @@ def new_incarnation() -> int:
 class WorkerNode:
     """`open`, then `run` until the worker is drained or its engine is gone, then `close`."""
 
-    def __init__(self, settings: NodeSettings, link: EngineLink, transports: dict[str, Transport]) -> None:
+    def __init__(
+        self,
+        settings: NodeSettings,
+        link: EngineLink,
+        transports: dict[str, Transport],
+        open_store: OpenStore | None,
+    ) -> None:
         config, clock = settings.config, time.monotonic
         self._settings = settings
         self._link = link
@@ -65,10 +73,16 @@ class WorkerNode:
         self._holding = Holding(settings.roles)
         self._load = LoadBoard(self._holding, link.ready.layout.blocks)
         self._dispatches = DispatchTable(tombstone_s=2 * config.transfer.lease_s)
+        on_device = KvIndex()
         self._hub = SessionHub(
-            config.worker.orphan_s, config.worker.orphan_buffer_bytes, KvIndex(), self._load.report, clock
+            config.worker.orphan_s, config.worker.orphan_buffer_bytes, on_device, self._load.report, clock
         )
         self._tasks = TaskOwner()
+        self._tiers: PageTiers | None = None
+        if open_store is not None:
+            store = open_store(page_format(link.ready), TierNews(self._hub, asyncio.get_running_loop()))
+            self._tiers = PageTiers(store, link, config.store, self._tasks, on_device.__contains__)
+        self._entrance: WorkEntrance = self._tiers or DirectEntrance(link)
         side = kv_side(link.ready, settings.worker_id, settings.incarnation, link)
         to_workers = worker_credentials(config.security)
         self._kv = KvEndpoint(
@@ -76,7 +90,7 @@ class WorkerNode:
         )
         self._load.count_with(self._kv.figures)
         self._reports = DispatchReports(self._dispatches, self._hub, self._load.report)
-        self._events = EventRouter(self._dispatches, self._reports, self._load, self._hub)
+        self._events = EventRouter(self._dispatches, self._reports, self._load, self._hub, self._entrance)
         self._grpc = GrpcEndpoint(config)
         self._gone = asyncio.Event()
         self._drain_deadline: float | None = None
@@ -91,16 +105,18 @@ class WorkerNode:
         roles: Sequence[RoleFactory],
         *,
         transports: dict[str, Transport] | None = None,
+        open_store: OpenStore | None = None,
     ) -> WorkerNode:
         """Binds every endpoint, sets the engine's policy and serves gRPC. Controllers learn of it once `run` runs.
         Raises ConfigInvalid where an address, a TLS file or the exposure is wrong.
 
-        transports: instead of those that the configuration names; in tests and fleets.
+        transports: instead of those that the configuration names; in tests and fleets. open_store: the tiers below the device;
+        None = there are none.
         """
         config = settings.config
         check_worker_exposure(config)
         opened = transports if transports is not None else open_transports(config.transfer, config.worker.host)
-        node = cls(settings, link, opened)
+        node = cls(settings, link, opened, open_store)
         await node._kv.start()
         await node._serve(roles)
         log.info("worker_ready", worker_id=settings.worker_id, address=node.address, roles=sorted(settings.roles))
@@ -150,11 +166,14 @@ class WorkerNode:
         await self._tasks.close()
         await self._kv.close()
         await self._link.close()
+        if self._tiers is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._tiers.close)
 
     async def _serve(self, roles: Sequence[RoleFactory]) -> None:
         context = RoleContext(
             config=self._settings.config,
             engine=self._link,
+            entrance=self._entrance,
             kv=self._kv,
             dispatches=self._dispatches,
             reports=self._reports,

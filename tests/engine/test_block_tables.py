@@ -121,6 +121,16 @@ class AnyOrder(RuleBasedStateMachine):
         self.live: list[tuple[Table, array[int], int]] = []
         self.content: dict[int, tuple[int, ...]] = {}  # what was last written to a block
         self.indexed: set[bytes] = set()
+        self.tables.offers.limit = 3
+        self.offered: dict[int, tuple[int, ...]] = {}  # block -> the content it was offered with
+
+    @precondition(lambda self: self.offered)
+    @rule(which=st.integers(0, 99))
+    def save(self, which: int) -> None:
+        block = list(self.offered)[which % len(self.offered)]
+        del self.offered[block]
+        self.tables.saved([block, 11])  # unknown blocks change nothing, unless they are on offer
+        self.offered.pop(11, None)
 
     @rule(prompt=st.integers(0, 2), length=st.integers(1, 70), computed=st.integers(0, 70))
     def open(self, prompt: int, length: int, computed: int) -> None:
@@ -174,6 +184,14 @@ class AnyOrder(RuleBasedStateMachine):
         for table, tokens, done in self.live:
             for page in range(done // 16):
                 assert self.content[table.blocks[page]] == tuple(tokens[page * 16 : page * 16 + 16])
+
+    @invariant()
+    def what_is_on_offer_keeps_its_content_and_its_bound(self) -> None:
+        fresh, _ = self.tables.offers.take()
+        self.offered |= {page.block: self.content[page.block] for page in fresh}
+        assert sorted(self.tables.offers.blocks()) == sorted(self.offered)
+        assert len(self.offered) <= 3
+        assert all(self.content[block] == content for block, content in self.offered.items())
 
     @invariant()
     def the_news_add_up_to_the_index(self) -> None:

@@ -32,7 +32,8 @@ class WorkerProcess:
         engine_module: str = MODELLED,
         step_ms: float = 1.0,
     ) -> WorkerProcess:
-        settings = [f'controllers=["{controller}"]', "transfer.transport=tcp", "worker.heartbeat_s=0.3", *sets]
+        tiers = ["store.host_bytes=33554432", "store.disk_bytes=0"]
+        settings = [f'controllers=["{controller}"]', "transfer.transport=tcp", "worker.heartbeat_s=0.3", *tiers, *sets]
         arguments = ["--id", worker_id, "--roles", roles, "--engine-module", engine_module]
         for setting in settings:
             arguments += ["--set", setting]

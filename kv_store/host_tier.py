@@ -1,0 +1,170 @@
+"""Owns the host tier: pages in one arena of fixed slots in this process's memory."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import xxhash
+
+from kv_store.page import Page, PageBytes, PageFormat, PageId
+from kv_store.tier import TierCounters, TierListener
+from kv_store.tier_index import Entry, TierIndex
+from pdserve.errors import ConfigInvalid
+
+
+class HostTier:
+    """Implements kv_store.tier.PageTier. Its memory is touched at once: a fresh page costs more than the copy into it."""
+
+    name = "host"
+
+    def __init__(
+        self,
+        page_format: PageFormat,
+        index: TierIndex,
+        listener: TierListener,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        slots = index.capacity_bytes // page_format.size_bytes
+        if slots < 1:
+            raise ConfigInvalid(
+                f"The host tier of {index.capacity_bytes} bytes does not hold one page of {page_format.size_bytes} bytes: "
+                "raise store.host_bytes."
+            )
+        self.counters = TierCounters()
+        self._format = page_format
+        self._index = index
+        self._listener = listener
+        self._clock = clock
+        self._slots = _touched_memory(slots * page_format.size_bytes).reshape(slots, page_format.size_bytes)
+        self._checksums = [b""] * slots
+        self._free = list(range(slots - 1, -1, -1))
+        self._lock = threading.Lock()
+
+    def present(self, ids: Sequence[PageId]) -> int:
+        with self._lock:
+            return self._index.present(ids, self._clock())
+
+    def read(self, ids: Sequence[PageId], into: Sequence[PageBytes]) -> int:
+        started_s = self._clock()
+        with self.borrowed(ids) as contents:
+            for content, target in zip(contents, into, strict=False):
+                np.copyto(target, content)
+        good = len(contents)
+        self.counters.hits += good
+        self.counters.misses += len(ids) - good
+        self.counters.bytes_out += good * self._format.size_bytes
+        self.counters.read_s += self._clock() - started_s
+        return good
+
+    @contextmanager
+    def borrowed(self, ids: Sequence[PageId]) -> Iterator[list[PageBytes]]:
+        """The verified bytes of the longest readable prefix of `ids`, in place. They stay while the context is open."""
+        with self._lock:
+            entries = self._index.pin(ids, self._clock())
+        try:
+            yield [self._content(entry.place) for entry in entries[: self._good(entries)]]
+        finally:
+            with self._lock:
+                self._release(self._index.unpin(entries))
+
+    def write(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> int:
+        started_s = self._clock()
+        here = 0
+        for page, content in zip(pages, contents, strict=True):
+            here += self._write_one(page, content)
+        self.counters.write_s += self._clock() - started_s
+        return here
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        with self._lock:
+            found = [entry for key in keys if (entry := self._index.get(key)) is not None and entry.state == "ready"]
+            for entry in found:
+                self._release(self._index.drop(entry.key))
+        self._tell_gone(found)
+        return len(found)
+
+    def expire(self) -> None:
+        """Drops pages that outlived their time."""
+        with self._lock:
+            gone = self._index.expire(self._clock())
+            self._release(gone)
+        self.counters.expired += len(gone)
+        self._tell_gone(gone)
+
+    def used_bytes(self) -> int:
+        return self._index.used_bytes
+
+    def entries(self) -> list[Entry]:
+        with self._lock:
+            return list(self._index)
+
+    def hold(self, key: bytes, seconds: float) -> bool:
+        """Keeps a page for so long, whatever the policy says. False if it is not here."""
+        with self._lock:
+            return self._index.hold(key, self._clock() + seconds)
+
+    def close(self) -> None:
+        with self._lock:
+            self._index.capacity_bytes = 0  # nothing comes in any more
+
+    # ---- parts
+
+    def _write_one(self, page: Page, content: PageBytes) -> bool:
+        size_bytes, now_s = self._format.size_bytes, self._clock()
+        with self._lock:
+            if self._index.present([page.id], now_s):
+                return True
+            granted, evicted = self._index.make_room(page, size_bytes, now_s)
+            self._release(evicted)
+            granted = granted and bool(self._free)  # what is dropped while it is read still has its slot
+            entry = self._index.begin(page, size_bytes, self._free.pop(), now_s) if granted else None
+        self.counters.evicted += len(evicted)
+        self.counters.evicted_age_s += sum(now_s - gone.stored_s for gone in evicted)
+        self._tell_gone(evicted)
+        if entry is None:
+            self.counters.dropped += 1
+            return False
+        target = self._content(entry.place)
+        np.copyto(target, content)
+        self._checksums[entry.place] = xxhash.xxh3_128_digest(target.data)
+        with self._lock:
+            self._index.commit(entry)
+        self.counters.stored += 1
+        self.counters.bytes_in += size_bytes
+        self._listener("stored", [page])
+        return True
+
+    def _good(self, entries: Sequence[Entry]) -> int:
+        """How many of `entries` have the bytes that were stored; the first bad one is dropped."""
+        for ordinal, entry in enumerate(entries):
+            if xxhash.xxh3_128_digest(self._content(entry.place).data) != self._checksums[entry.place]:
+                self.counters.verify_failures["checksum"] += 1
+                with self._lock:
+                    self._release(self._index.drop(entry.key))
+                self._tell_gone([entry])
+                return ordinal
+        return len(entries)
+
+    def _content(self, slot: int) -> PageBytes:
+        content: PageBytes = self._slots[slot]
+        return content.reshape(self._format.layers, self._format.block_bytes)
+
+    def _release(self, entries: Sequence[Entry]) -> None:
+        self._free += [entry.place for entry in entries]
+
+    def _tell_gone(self, entries: Sequence[Entry]) -> None:
+        if entries:
+            self._listener("evicted", [entry.page for entry in entries])
+
+
+def _touched_memory(size_bytes: int) -> PageBytes:
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    touched: PageBytes = np.frombuffer(memory, dtype=np.uint8)
+    touched.fill(0)
+    return touched

@@ -1,0 +1,91 @@
+"""Real workers keep the KV that left the device: the next prompt finds it in a tier and the answer is the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from kv_transfer.keys import HASH_BYTES, chain_hashes
+from pdserve.v1 import worker_pb2
+from tests.worker import commands
+from tests.worker.conftest import StartWorker
+from tests.worker.controller_twin import ControllerTwin, SessionTwin
+from tests.worker.processes import NATIVE
+from tests.worker.test_handoffs import Pair
+from tests.worker.test_native_worker import MODEL
+
+pytestmark = pytest.mark.slow  # real processes
+
+SETS = (f"model.path={MODEL}", "model.dtype=float32", "engine.threads=1", "engine.kv_bytes=2000000")
+LENGTH = 200
+FULL_PAGES = LENGTH // 16
+NEW_TOKENS = 8
+
+
+def prompt(number: int) -> tuple[int, ...]:
+    return tuple((number * 131 + 7 * position) % 500 + 20 for position in range(LENGTH))
+
+
+def work(key: int, root: bytes, number: int) -> worker_pb2.Work:
+    return commands.work(key, prompt(number), max_tokens=NEW_TOKENS, root=root)
+
+
+def held(session: SessionTwin, tier: str) -> set[bytes]:
+    """The keys of a tier, by the events so far."""
+    keys: set[bytes] = set()
+    for event in (event for message in session.kv for event in message.events):
+        cut = {event.block_hashes[at : at + HASH_BYTES] for at in range(0, len(event.block_hashes), HASH_BYTES)}
+        if event.kind == worker_pb2.KvEvent.KIND_CLEARED:
+            keys = set()
+        elif event.tier == tier:
+            keys = keys | cut if event.kind == worker_pb2.KvEvent.KIND_STORED else keys - cut
+    return keys
+
+
+def keys_of(root: bytes, number: int) -> set[bytes]:
+    packed = chain_hashes(root, commands.work(1, prompt(number), root=root).token_ids)
+    return {packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES)}
+
+
+async def evict(session: SessionTwin, root: bytes, number: int, first_key: int) -> None:
+    """Computes other prompts until the device has forgotten the first page of prompt `number`."""
+    wanted = chain_hashes(root, commands.work(1, prompt(number), root=root).token_ids)[:HASH_BYTES]
+    key = first_key
+    while wanted in held(session, "device"):
+        session.send(commands.generate(work(key, root, number + key)))
+        await session.until_finished(key)
+        await session.until_next_load()
+        key += 1
+
+
+async def test_a_prompt_that_left_the_device_is_loaded_from_the_host_tier(
+    controller: ControllerTwin, start_worker: StartWorker
+) -> None:
+    await start_worker("d0", "decode", *SETS, engine_module=NATIVE)
+    session = await controller.session("d0")
+    root = session.snapshots[0].worker.identity.digest
+    session.send(commands.generate(work(1, root, 0)))
+    await session.until_finished(1)
+    await session.until(lambda: keys_of(root, 0) <= held(session, "host"))
+    await evict(session, root, 0, 100)
+    session.send(commands.generate(work(2, root, 0)))
+    await session.until_finished(2)
+    assert session.of("started")[-1].started.cached_tokens == 16 * FULL_PAGES
+    assert session.tokens(2) == session.tokens(1)
+
+
+async def test_a_prefill_loads_what_it_has_and_hands_everything_over(
+    controller: ControllerTwin, start_worker: StartWorker
+) -> None:
+    prefill = await start_worker("p0", "prefill,decode", *SETS, engine_module=NATIVE)
+    decode = await start_worker("d0", "decode", *SETS, engine_module=NATIVE)
+    pair = Pair(await controller.session("p0"), await controller.session("d0"), decode, prefill)
+    root = pair.decode.snapshots[0].worker.identity.digest
+    pair.prefill.send(commands.generate(work(1, root, 0)))
+    await pair.prefill.until_finished(1)
+    await pair.prefill.until(lambda: keys_of(root, 0) <= held(pair.prefill, "host"))
+    await evict(pair.prefill, root, 0, 100)
+    await pair.start(work(2, root, 0), "tcp")
+    await pair.decode.until_finished(2)
+    assert pair.prefill.of("started")[-1].started.cached_tokens == 16 * FULL_PAGES
+    assert pair.prefill.tokens(2)[0] + pair.decode.tokens(2)[0] == pair.prefill.tokens(1)[0]
+    await pair.all_free()
