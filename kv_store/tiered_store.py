@@ -91,16 +91,25 @@ class TieredStore:
         return report
 
     def save(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> None:
-        """Copies pages to the host tier; the lower tiers get them later. `contents` may be reused when it returns."""
+        """Copies pages to the host tier; the lower tiers get them later. `contents` may be reused when it returns.
+
+        What the host tier has no room for (a chain longer than itself) goes straight to the lower tiers.
+        """
         self._host.write(pages, contents)
         if not self._lower:
             return
+        kept: list[Page] = []
+        for page, content in zip(pages, contents, strict=True):
+            if self._host.present([page.id]):
+                kept.append(page)
+            else:
+                self._write_lower([page], [content])
         with self._queue_lock:
-            fits = self._queued + len(pages) <= _PAGES_QUEUED
-            self._queued += len(pages) if fits else 0
-            self.dropped_on_the_way_down += 0 if fits else len(pages)
-        if fits:
-            self._down.put(list(pages))
+            fits = self._queued + len(kept) <= _PAGES_QUEUED
+            self._queued += len(kept) if fits else 0
+            self.dropped_on_the_way_down += 0 if fits else len(kept)
+        if fits and kept:
+            self._down.put(kept)
 
     def settle(self, deadline_s: float) -> bool:
         """Waits until everything saved so far has gone down, or the deadline has passed."""
@@ -166,8 +175,11 @@ class TieredStore:
                 kept += [page] * len(borrowed)
                 contents += borrowed
             self.dropped_on_the_way_down += len(pages) - len(kept)
-            for tier in self._lower:
-                try:
-                    tier.write(kept, contents)
-                except TierFailed as error:
-                    log.warning("tier_write_failed", tier=tier.name, message=error.message)
+            self._write_lower(kept, contents)
+
+    def _write_lower(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> None:
+        for tier in self._lower:
+            try:
+                tier.write(pages, contents)
+            except TierFailed as error:
+                log.warning("tier_write_failed", tier=tier.name, message=error.message)
