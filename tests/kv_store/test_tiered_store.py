@@ -54,7 +54,7 @@ class Shelf:
         self.counters = TierCounters()
         self.held: dict[bytes, PageBytes] = {}
         self.fails = False
-        self.before_read: Callable[[], None] = lambda: None
+        self.before_read: Callable[[], object] = lambda: None
 
     def present(self, page_ids: Sequence[PageId]) -> int:
         self._check()
