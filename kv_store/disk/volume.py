@@ -1,0 +1,100 @@
+"""Owns a mounted directory: everything that is there only while the disk works, from the restart to the last sync."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from kv_store.disk.device import Disk
+from kv_store.disk.index_log import IndexLog, pack_lines
+from kv_store.disk.layout import Layout
+from kv_store.disk.recovery import recover
+from kv_store.disk.segment_log import SegmentLog
+from kv_store.disk.shelf import Pinned, Shelf
+from kv_store.disk.writer import Writer
+from kv_store.page import Page, PageBytes
+from kv_store.tier import TierCounters, VerifyFailure
+
+_INDEX_NAME = "index"
+
+
+class Volume:
+    """All methods raise OSError. Loads run beside each other and beside stores; stores wait for each other.
+
+    A new one reads the whole directory; `shelf`, empty so far, then holds what was found.
+    """
+
+    def __init__(
+        self, disk: Disk, layout: Layout, format_digest: bytes, shelf: Shelf, counters: TierCounters, now_s: float
+    ) -> None:
+        self._disk = disk
+        self._layout = layout
+        self._shelf = shelf
+        self._counters = counters
+        self._log = SegmentLog(disk, layout, format_digest)
+        self._index_log = IndexLog(disk, f"{self._log.folder}/{_INDEX_NAME}", layout.slots)
+        self._writer = Writer(disk, self._log, shelf, layout, counters)
+        self._closed = False
+        self._stores = threading.Lock()
+        self._index_log_lock = threading.Lock()
+        try:
+            found = recover(disk, self._log, layout, self._index_log.load())
+        except BaseException:
+            self._close_files()
+            raise
+        self._log_is_true = found.log_is_exact and self._index_log.size_bytes > 0
+        counters.verify_failures += found.failures
+        shelf.restore(found, now_s)
+
+    @property
+    def pages_moved(self) -> int:
+        """By compaction, since the start."""
+        return self._writer.pages_moved
+
+    def store(self, pages: Sequence[Page], contents: Sequence[PageBytes], now_s: float) -> None:
+        with self._stores:
+            if not self._closed:
+                self._writer.store(pages, contents, now_s)
+        with self._index_log_lock:
+            self._tell_log()
+
+    def load(self, pinned: Pinned, into: PageBytes) -> VerifyFailure | None:
+        return self._log.read(pinned.place, pinned.entry.page.id, into)
+
+    def settle(self) -> None:
+        """What changed so far is known after any crash: what was removed stays so. Waits for a store under way: it may be copying
+        a page that was removed meanwhile."""
+        with self._stores, self._index_log_lock:
+            self._tell_log()
+            if not self._closed:
+                self._index_log.sync()
+
+    def close(self) -> None:
+        """After the last load. What changed so far is known, if the disk still works."""
+        try:
+            self.settle()
+        finally:
+            with self._stores, self._index_log_lock:
+                if not self._closed:
+                    self._close_files()
+                self._closed = True
+
+    # ---- parts
+
+    def _close_files(self) -> None:
+        self._index_log.close()
+        self._log.close()
+        self._disk.close()
+
+    def _tell_log(self) -> None:
+        """Writes down what changed. An index log that may lack something is replaced by a new one."""
+        if self._closed:
+            return
+        packed = pack_lines(self._shelf.take_lines())
+        fits = self._index_log.size_bytes + len(packed) <= self._layout.log_bytes
+        was_true, self._log_is_true = self._log_is_true, False
+        if was_true and fits:
+            self._index_log.append(packed)
+        else:
+            self._index_log.rewrite(self._shelf.snapshot())
+        self._log_is_true = True

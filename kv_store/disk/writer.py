@@ -1,0 +1,113 @@
+"""Owns the way of pages onto the disk: a place for each, compaction where no segment is free, one sync per batch, then the index.
+
+Compaction copies what is alive in the segment with the fewest pages into the one that is kept free for this, and frees the whole
+segment. Dead places are used again in no other way, so a page that failed its check stays out of use until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kv_store.disk.device import Disk
+from kv_store.disk.layout import Layout
+from kv_store.disk.segment_log import SegmentLog
+from kv_store.disk.segment_table import Resident
+from kv_store.disk.shelf import Move, Pinned, Shelf
+from kv_store.page import Page, PageBytes
+from kv_store.tier import TierCounters
+
+
+class Writer:
+    """Its owner calls one method at a time. All raise OSError."""
+
+    def __init__(self, disk: Disk, log: SegmentLog, shelf: Shelf, layout: Layout, counters: TierCounters) -> None:
+        self._disk = disk
+        self._log = log
+        self._shelf = shelf
+        self._layout = layout
+        self._counters = counters
+        self.pages_moved = 0
+
+    def store(self, pages: Sequence[Page], contents: Sequence[PageBytes], now_s: float) -> None:
+        """Stores what is absent and has room; all of it is on disk and can be found when this returns, nothing of it after an
+        error."""
+        batch: list[Resident] = []
+        try:
+            for page, content in zip(pages, contents, strict=True):
+                place = self._place(now_s) if self._shelf.admit(page, now_s) else None
+                if place is not None:
+                    resident = self._shelf.begin(page, place, now_s)
+                    batch.append(resident)
+                    self._log.write(place, page, content, now_s, resident.sequence)
+            self._log.sync()
+        except BaseException:
+            self._shelf.abort(batch)
+            raise
+        self._shelf.commit(batch)
+        self._counters.bytes_in += len(batch) * self._layout.payload_bytes
+
+    # ---- parts
+
+    def _place(self, now_s: float) -> int | None:
+        place = self._shelf.take()
+        if place is not None:
+            return place
+        vacant = self._shelf.vacant()
+        if not vacant:  # a crash in the middle of a compaction leaves it like this, and so do slow readers
+            self._give_up_a_segment(now_s)
+            vacant = self._shelf.vacant()
+        if vacant:
+            self._begin(vacant[0])
+        if len(vacant) == 1:
+            self._compact()
+        return self._shelf.take()
+
+    def _give_up_a_segment(self, now_s: float) -> None:
+        number = self._shelf.cheapest()
+        if number is not None:
+            self._shelf.give_up(number, now_s)
+
+    def _begin(self, number: int) -> None:
+        if not self._shelf.has_file(number):
+            self._make_room_beside_others()
+        sequence = self._shelf.next_sequence()
+        self._log.begin(number, sequence)
+        self._shelf.begun(number, sequence)
+
+    def _compact(self) -> None:
+        number = self._shelf.cheapest()
+        pages = self._shelf.pages(number) if number is not None else []
+        if len(pages) == self._layout.slots:
+            return
+        moves: list[Move] = []
+        try:
+            for page in pages:
+                self._copy(page, moves)
+            self._log.sync()
+        except BaseException:
+            self._shelf.not_moved(moves)
+            raise
+        self._shelf.moved(moves)
+        self.pages_moved += len(moves)
+
+    def _copy(self, page: Pinned, moves: list[Move]) -> None:
+        """A page that turns out bad is dropped, and its move will find it gone."""
+        target = self._shelf.take()
+        assert target is not None
+        move = Move(page.entry, page.place, target, self._shelf.next_sequence())
+        moves.append(move)
+        failure = self._log.copy(page.place, target, page.entry.page.id, move.sequence)
+        if failure is not None:
+            self._counters.verify_failures[failure] += 1
+            self._shelf.drop_bad(page)
+
+    def _make_room_beside_others(self) -> None:
+        """Files of other formats lie in the same directory, from other models that ran here: they leave before it grows too big."""
+        sizes = self._disk.sizes()
+        others = sorted(name for name in sizes if not name.startswith(f"{self._log.folder}/"))
+        most_bytes = self._layout.total_bytes - (self._shelf.files() + 1) * self._layout.segment_bytes
+        taken = sum(sizes[name] for name in others)
+        while others and taken > most_bytes - self._layout.logs_bytes:
+            name = others.pop()
+            self._disk.remove(name)
+            taken -= sizes[name]
