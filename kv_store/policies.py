@@ -11,7 +11,7 @@ from kv_store.lru import Lru
 from kv_store.s3_fifo import S3Fifo
 from pdserve.errors import ConfigInvalid
 
-POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = MappingProxyType({"lru": Lru, "s3_fifo": S3Fifo, "gdsf": Gdsf})
+POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = MappingProxyType({"lru": Lru, "s3-fifo": S3Fifo, "gdsf": Gdsf})
 
 
 def policy_of(name: str) -> Callable[[], EvictionPolicy]:

@@ -1,9 +1,11 @@
-"""The contract of kv_store.tier.PageTier. A tier joins with one line in OPENERS."""
+"""The contract of kv_store.tier.PageTier. A tier joins with one line in OPENERS; one that has its medium to itself, and so knows
+what is there and how much of it, in INDEXED too."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from kv_store.disk.posix import posix_mount
 from kv_store.host_tier import HostTier
 from kv_store.lru import Lru
 from kv_store.page import Page, PageBytes, PageId
+from kv_store.redis_tier import RedisSettings, RedisTier
 from kv_store.tier import Change, PageTier, TierListener
 from kv_store.tier_index import TierIndex
 from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of
+from tests.kv_store.redis_server import running_redis
 
 PAGES_MOST = 24  # a tier under test holds at least half and at most so many
 TTL_S = 1000.0
@@ -46,22 +50,50 @@ def open_host(folder: Path, listener: TierListener) -> PageTier:
     return HostTier(SMALL, TierIndex(PAGES_MOST * SMALL.size_bytes, Lru(), TTL_S), listener)
 
 
-OPENERS: dict[str, Callable[[Path, TierListener], PageTier]] = {
-    "disk": open_disk,
-    "host": open_host,
+@contextmanager
+def closing(tier: PageTier) -> Iterator[PageTier]:
+    yield tier
+    tier.close()
+
+
+@contextmanager
+def open_redis(folder: Path, listener: TierListener) -> Iterator[PageTier]:
+    with (
+        running_redis(folder) as server,
+        closing(RedisTier(RedisSettings(server.url, read_budget_s=60.0), SMALL)) as tier,
+    ):
+        yield tier
+
+
+OPENERS: dict[str, Callable[[Path, TierListener], AbstractContextManager[PageTier]]] = {
+    "disk": lambda folder, listener: closing(open_disk(folder, listener)),
+    "host": lambda folder, listener: closing(open_host(folder, listener)),
+    "redis": open_redis,
 }
+INDEXED = ("disk", "host")
 
 
-@pytest.fixture(params=OPENERS)
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+@contextmanager
+def open_bench(name: str, folder: Path) -> Iterator[Bench]:
     news: list[tuple[Change, bytes]] = []
 
     def heard(change: Change, pages: Sequence[Page]) -> None:
         news.extend((change, page.id.key) for page in pages)
 
-    tier = OPENERS[request.param](tmp_path, heard)
-    yield Bench(tier, news)
-    tier.close()
+    with OPENERS[name](folder, heard) as tier:
+        yield Bench(tier, news)
+
+
+@pytest.fixture(params=OPENERS)
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    with open_bench(request.param, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture(params=INDEXED)
+def indexed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    with open_bench(request.param, tmp_path) as opened:
+        yield opened
 
 
 def write(tier: PageTier, numbers: Sequence[int]) -> int:
@@ -88,10 +120,13 @@ def test_what_was_written_is_read_byte_for_byte(bench: Bench) -> None:
 
 
 def test_an_empty_tier_has_nothing(bench: Bench) -> None:
-    assert bench.tier.used_bytes() == 0
     assert bench.tier.present(ids([1, 2])) == 0
     assert read(bench.tier, [1, 2]) == 0
     assert bench.tier.counters.misses == 2
+
+
+def test_an_empty_tier_uses_nothing(indexed: Bench) -> None:
+    assert indexed.tier.used_bytes() == 0
 
 
 def test_nothing_asked_is_nothing_done(bench: Bench) -> None:
@@ -116,21 +151,21 @@ def test_equal_keys_with_another_fingerprint_are_a_miss_and_take_no_place(bench:
     assert read(bench.tier, [0]) == 1
 
 
-def test_a_page_that_is_there_counts_and_is_not_stored_twice(bench: Bench) -> None:
-    write(bench.tier, [0, 1])
-    used_bytes = bench.tier.used_bytes()
-    assert write(bench.tier, [0, 1, 2]) == 3
-    assert bench.tier.used_bytes() == used_bytes // 2 * 3
-    assert bench.tier.counters.stored == 3
+def test_a_page_that_is_there_counts_and_is_not_stored_twice(indexed: Bench) -> None:
+    write(indexed.tier, [0, 1])
+    used_bytes = indexed.tier.used_bytes()
+    assert write(indexed.tier, [0, 1, 2]) == 3
+    assert indexed.tier.used_bytes() == used_bytes // 2 * 3
+    assert indexed.tier.counters.stored == 3
 
 
-def test_a_removed_page_is_gone_and_its_bytes_with_it(bench: Bench) -> None:
-    write(bench.tier, [0, 1, 2])
-    assert bench.tier.remove([key_of(1), key_of(2), key_of(7)]) == 2
-    assert bench.tier.present(ids([0, 1])) == 1
-    bench.tier.remove([key_of(0)])
-    assert bench.tier.used_bytes() == 0
-    assert bench.known() == set()
+def test_a_removed_page_is_gone_and_its_bytes_with_it(indexed: Bench) -> None:
+    write(indexed.tier, [0, 1, 2])
+    assert indexed.tier.remove([key_of(1), key_of(2), key_of(7)]) == 2
+    assert indexed.tier.present(ids([0, 1])) == 1
+    indexed.tier.remove([key_of(0)])
+    assert indexed.tier.used_bytes() == 0
+    assert indexed.known() == set()
 
 
 def test_a_removed_page_can_be_stored_again(bench: Bench) -> None:
@@ -140,28 +175,28 @@ def test_a_removed_page_can_be_stored_again(bench: Bench) -> None:
     assert read(bench.tier, [0]) == 1
 
 
-def test_the_listener_knows_what_is_there(bench: Bench) -> None:
-    write(bench.tier, range(3 * PAGES_MOST))
-    there = {key_of(number) for number in range(3 * PAGES_MOST) if bench.tier.present(ids([number]))}
-    assert bench.known() == there
+def test_the_listener_knows_what_is_there(indexed: Bench) -> None:
+    write(indexed.tier, range(3 * PAGES_MOST))
+    there = {key_of(number) for number in range(3 * PAGES_MOST) if indexed.tier.present(ids([number]))}
+    assert indexed.known() == there
     assert PAGES_MOST // 2 <= len(there) <= PAGES_MOST
 
 
-def test_a_full_tier_takes_new_pages_in_and_evicts_old_ones(bench: Bench) -> None:
+def test_a_full_tier_takes_new_pages_in_and_evicts_old_ones(indexed: Bench) -> None:
     for number in range(3 * PAGES_MOST):
-        assert write(bench.tier, [number]) == 1
-    counters = bench.tier.counters
+        assert write(indexed.tier, [number]) == 1
+    counters = indexed.tier.counters
     assert counters.stored == 3 * PAGES_MOST
-    assert counters.evicted == counters.stored - len(bench.known())
-    assert read(bench.tier, [3 * PAGES_MOST - 4, 3 * PAGES_MOST - 3]) == 2
+    assert counters.evicted == counters.stored - len(indexed.known())
+    assert read(indexed.tier, [3 * PAGES_MOST - 4, 3 * PAGES_MOST - 3]) == 2
 
 
-def test_a_chain_loses_its_last_pages_first(bench: Bench) -> None:
+def test_a_chain_loses_its_last_pages_first(indexed: Bench) -> None:
     for number in range(3 * PAGES_MOST):
-        write(bench.tier, [number])
+        write(indexed.tier, [number])
         for first in range(0, number + 1, 4):
             chain = range(first, min(first + 4, number + 1))
-            assert bench.tier.present(ids(chain)) == sum(key_of(each) in bench.known() for each in chain)
+            assert indexed.tier.present(ids(chain)) == sum(key_of(each) in indexed.known() for each in chain)
 
 
 def test_pages_whose_layers_lie_apart_are_stored_and_loaded(bench: Bench) -> None:
@@ -191,7 +226,7 @@ def test_bytes_and_hits_are_counted(bench: Bench) -> None:
     assert (counters.hits, counters.misses) == (2, 1)
 
 
-def test_readers_beside_a_writer_never_see_a_wrong_byte(bench: Bench) -> None:
+def test_readers_beside_a_writer_never_see_a_wrong_byte(indexed: Bench) -> None:
     """Three threads read while one writes far more than fits."""
     expected = [bytes_of(number) for number in range(64)]
     stop = threading.Event()
@@ -201,7 +236,7 @@ def test_readers_beside_a_writer_never_see_a_wrong_byte(bench: Bench) -> None:
         number = first
         while not stop.is_set():
             into = [SMALL.empty()]
-            if bench.tier.read(ids([number]), into) and not (into[0] == expected[number]).all():
+            if indexed.tier.read(ids([number]), into) and not (into[0] == expected[number]).all():
                 wrong.append(number)
             number = (number + 1) % 64
 
@@ -209,11 +244,11 @@ def test_readers_beside_a_writer_never_see_a_wrong_byte(bench: Bench) -> None:
     for thread in threads:
         thread.start()
     for round_start in range(0, 256, 4):
-        write(bench.tier, [number % 64 for number in range(round_start, round_start + 4)])
+        write(indexed.tier, [number % 64 for number in range(round_start, round_start + 4)])
     stop.set()
     for thread in threads:
         thread.join()
     assert not wrong
-    assert not bench.tier.counters.verify_failures
-    there = {key_of(number) for number in range(64) if bench.tier.present(ids([number]))}
-    assert bench.known() == there
+    assert not indexed.tier.counters.verify_failures
+    there = {key_of(number) for number in range(64) if indexed.tier.present(ids([number]))}
+    assert indexed.known() == there

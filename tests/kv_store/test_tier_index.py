@@ -209,7 +209,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 class S3FifoMachine(IndexMachine):
-    policy_name = "s3_fifo"
+    policy_name = "s3-fifo"
 
 
 class GdsfMachine(IndexMachine):
@@ -276,7 +276,7 @@ def test_a_page_that_comes_in_does_not_push_out_its_own_parent() -> None:
     assert index.make_room(page_of(2), 1, 0.0) == (False, [])
 
 
-@pytest.mark.parametrize("name", ["lru", "s3_fifo", "gdsf"])
+@pytest.mark.parametrize("name", ["lru", "s3-fifo", "gdsf"])
 def test_a_tenant_at_its_quota_gives_up_its_own_pages(name: str) -> None:
     make = policy_of(name)
     index = TierIndex(10, make(), TTL_S, 2, make)
