@@ -1,7 +1,8 @@
 """The native engine on CUDA: correct against a float64 reference, then how fast. `make gpu`, or `python -m benchmarks.cuda`.
 
 Needs torch, numpy, safetensors, msgspec, xxhash and pydantic, nothing else. Exit codes: 0 all well, 3 there is no CUDA device,
-4 a check failed.
+4 a check failed. `--device cpu` rehearses the checks without a GPU: it shows that they run, not that CUDA is right, and writes
+no result.
 """
 
 from __future__ import annotations
@@ -10,109 +11,191 @@ import argparse
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.engine_driver import Device, Dtype, EngineDriver, greedy
-from benchmarks.random_model import LLAMA_100M, LlamaShape, write_random_llama
-from benchmarks.reference_llama import ReferenceLlama
+from benchmarks.cuda_checks import VARIANTS, Variant, check_engine, check_exports
+from benchmarks.engine_driver import Device, EngineDriver, greedy
+from benchmarks.random_model import DESCRIPTION, LLAMA_100M, LlamaShape, write_random_llama
 from benchmarks.report import Measurement, Mode, measure, result, table, write_result
+from engine.kv_memory import open_kv_memory
+from engine.protocol import Layout
 
-CHECKED = LlamaShape(layers=4, hidden=256, heads=8, kv_heads=2, head_dim=64, intermediate=512, vocab=2000)
-CHECKED_PROMPTS = (1, 15, 16, 17, 130, 600)
-CHECKED_OUTPUT = 24
-TOLERANCES: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.15}  # of a log-probability
-DECODE_BATCHES = (1, 8, 32, 128)
-PREFILL_TOKENS = (512, 2048)
 NO_DEVICE, CHECK_FAILED = 3, 4
+THREADS = 4
+# Each against the next: what varlen attention brings, and what graphs bring.
+TIMED = (
+    Variant("bfloat16", "auto", graphs=True),
+    Variant("bfloat16", "auto", graphs=False),
+    Variant("bfloat16", "torch", graphs=False),
+    Variant("float32", "torch", graphs=True),
+)
+WARM_UP_STEPS = 10  # more than a bucket is asked for before it is recorded
 
 
 @dataclass(frozen=True, slots=True)
-class Deviation:
-    """Largest differences over all positions, of the engine from the reference. Natural log."""
+class Sizes:
+    """rounds: steps timed per batch. shared: (tokens of the prefix, sequences over it). export_blocks: per publication;
+    busy_side: of the matrices multiplied beside it."""
 
-    drawn: float  # log-probability of the token drawn
-    regret: float  # how much more likely the reference's best token is than the one drawn
-
-
-def deviation(reference: ReferenceLlama, prompt: Sequence[int], driver: EngineDriver, key: int) -> Deviation:
-    """Compares the greedy output under `key` with the reference run over prompt + output."""
-    output, rows = driver.sink.token_ids[key], driver.sink.logprobs[key]
-    expected = reference.log_probabilities([*prompt, *output])[len(prompt) - 1 : -1]
-    drawn = expected.gather(1, torch.tensor(output)[:, None])[:, 0]
-    given = torch.tensor([row.logprobs[0] for row in rows], dtype=drawn.dtype)
-    return Deviation((drawn - given).abs().max().item(), (expected.max(1).values - drawn).max().item())
+    model: LlamaShape
+    kv_bytes: int
+    rounds: int
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    shared: tuple[int, int]
+    export_blocks: int
+    busy_side: int
 
 
-def check(device: Device, dtype: Dtype, threads: int) -> list[Measurement]:
-    """All prompts in one batch: chunks, page borders and mixed steps are then all taken."""
-    source = random.Random(3)
-    prompts = [[source.randrange(10, CHECKED.vocab) for _ in range(tokens)] for tokens in CHECKED_PROMPTS]
+FULL = Sizes(LLAMA_100M, 4 * 2**30, 100, (1, 8, 32, 128), (512, 2048, 8192), (4096, 32), 2048, 4096)
+QUICK = Sizes(LLAMA_100M, 4 * 2**30, 20, (1, 32), (512, 2048), (1024, 32), 512, 4096)
+
+
+class Prompts:
+    """Random tokens, never the same twice."""
+
+    def __init__(self, vocab: int) -> None:
+        self._source = random.Random(4)
+        self._vocab = vocab
+
+    def take(self, tokens: int) -> list[int]:
+        return [self._source.randrange(10, self._vocab) for _ in range(tokens)]
+
+
+def decode_steps(driver: EngineDriver, prompts: list[list[int]], rounds: int) -> list[float]:
+    """Milliseconds of whole steps that only decode, a token of each prompt."""
+    keys = driver.begin_decode(prompts, rounds + len(prompts) + 64)
+    for _ in range(WARM_UP_STEPS):
+        driver.step_s()
+    samples = [driver.step_s() * 1e3 for _ in range(rounds)]
+    driver.cancel(keys)
+    return samples
+
+
+def speed(device: Device, variant: Variant, sizes: Sizes) -> list[Measurement]:
+    prompts, measurements = Prompts(sizes.model.vocab), list[Measurement]()
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
-        model_dir = write_random_llama(Path(folder), CHECKED)
-        driver = EngineDriver(model_dir, device, dtype, threads=threads, kv_bytes=64 * 2**20)
-        keys = [driver.submit(prompt, greedy(CHECKED_OUTPUT, logprobs=1)) for prompt in prompts]
-        driver.finish()
-        reference = ReferenceLlama(model_dir, CHECKED)
-        found = [deviation(reference, prompt, driver, key) for prompt, key in zip(prompts, keys, strict=True)]
-        driver.close()
-    return [
-        measure(f"{dtype}: |logprob - float64|", "nat", [item.drawn for item in found]),
-        measure(f"{dtype}: regret of the drawn token", "nat", [item.regret for item in found]),
-    ]
-
-
-def failures(checks: Sequence[Measurement], tolerance: float) -> list[str]:
-    return [f"{item.name} is {item.figure.high:.3g}" for item in checks if not item.figure.high <= tolerance]
-
-
-def speed(device: Device, dtype: Dtype, threads: int, rounds: int) -> list[Measurement]:
-    source = random.Random(4)
-
-    def prompt(tokens: int) -> list[int]:
-        return [source.randrange(10, LLAMA_100M.vocab) for _ in range(tokens)]
-
-    measurements: list[Measurement] = []
-    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
-        driver = EngineDriver(write_random_llama(Path(folder)), device, dtype, threads=threads, kv_bytes=2 * 2**30)
-        for batch in DECODE_BATCHES:
-            keys = driver.begin_decode([prompt(128) for _ in range(batch)], rounds + batch + 64)
-            for _ in range(10):
-                driver.step_s()
-            samples = [driver.step_s() * 1e3 for _ in range(rounds)]
-            measurements.append(measure(f"{dtype}: decode step, batch {batch}", "ms", samples))
-            driver.cancel(keys)
-        for tokens in PREFILL_TOKENS:
-            driver.prefill_s(prompt(tokens))
-            rates = [tokens / driver.prefill_s(prompt(tokens)) for _ in range(max(rounds // 10, 3))]
-            measurements.append(measure(f"{dtype}: prefill, {tokens} tokens", "tok/s", rates, "higher"))
+        model_dir = write_random_llama(Path(folder), sizes.model)
+        driver = variant.open(model_dir, device, THREADS, sizes.kv_bytes)
+        for batch in sizes.batches:
+            samples = decode_steps(driver, [prompts.take(128) for _ in range(batch)], sizes.rounds)
+            measurements.append(measure(f"{variant.name}: decode step, batch {batch}", "ms", samples))
+        for tokens in sizes.prompts:
+            driver.prefill_s(prompts.take(tokens))
+            rates = [tokens / driver.prefill_s(prompts.take(tokens)) for _ in range(max(sizes.rounds // 10, 3))]
+            measurements.append(measure(f"{variant.name}: prefill, {tokens} tokens", "tok/s", rates, "higher"))
         driver.close()
     return measurements
 
 
+def shared_prefix(device: Device, variant: Variant, sizes: Sizes) -> Measurement:
+    """On CUDA the blocks of the prefix are held once, and read once per sequence: attention is not shared there."""
+    tokens, sequences = sizes.shared
+    prompts = Prompts(sizes.model.vocab)
+    prefix = prompts.take(tokens)
+    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
+        model_dir = write_random_llama(Path(folder), sizes.model)
+        driver = variant.open(model_dir, device, THREADS, sizes.kv_bytes, reuse=True)
+        driver.submit(prefix, greedy(1))
+        driver.finish()
+        samples = decode_steps(driver, [prefix + prompts.take(16) for _ in range(sequences)], sizes.rounds)
+        driver.close()
+    name = f"{variant.name}: decode step, batch {sequences} over one prefix of {tokens} tokens"
+    return measure(name, "ms", samples)
+
+
+def publication(device: Device, sizes: Sizes) -> list[Measurement]:
+    """GB/s of KV from the pool to the arena, alone and beside matrix products; and those products alone and beside it."""
+    page_bytes = 2 * 16 * sizes.model.kv_heads * sizes.model.head_dim * 2
+    layout = Layout(
+        layers=sizes.model.layers, blocks=sizes.export_blocks, page_tokens=16, kv_heads=sizes.model.kv_heads,
+        head_dim=sizes.model.head_dim, dtype="bfloat16", block_bytes=page_bytes,
+    )  # fmt: skip
+    place = torch.device(device)
+    memory, busy = (
+        open_kv_memory(layout, place),
+        partial(_products, torch.randn(sizes.busy_side, sizes.busy_side, device=place)),
+    )
+    size_gb = layout.layers * layout.blocks * layout.block_bytes / 1e9
+    blocks, rounds = list(range(layout.blocks)), max(sizes.rounds // 10, 3)
+
+    def publish() -> float:
+        start_s = time.perf_counter()
+        for layer in range(layout.layers):
+            memory.publish(layer, blocks, lambda: None)
+        memory.settle()
+        return time.perf_counter() - start_s
+
+    publish()
+    alone = [size_gb / publish() for _ in range(rounds)]
+    products = [_waited(busy, place) for _ in range(rounds)]
+    beside = [_waited(lambda: (busy(), publish()), place) for _ in range(rounds)]
+    memory.close()
+    name = f"KV to the arena, {layout.blocks} blocks in {layout.layers} layers"
+    return [
+        measure(name, "GB/s", alone, "higher"),
+        measure("matrix products alone", "ms", products),
+        measure("matrix products and KV to the arena beside them", "ms", beside),
+    ]
+
+
+def _products(square: torch.Tensor) -> None:
+    for _ in range(20):
+        square @ square
+
+
+def _waited(work: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds until the device has ended `work`."""
+    start_s = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start_s) * 1e3
+
+
+def checked(device: Device) -> tuple[list[Measurement], list[str]]:
+    measurements: list[Measurement] = []
+    failures = list(check_exports(device).failures)
+    for variant in VARIANTS:
+        one = check_engine(device, variant, THREADS)
+        measurements += one.measurements
+        failures += one.failures
+    return measurements, failures
+
+
+def timed(device: Device, sizes: Sizes, variants: Sequence[Variant] = TIMED) -> list[Measurement]:
+    measurements = [item for variant in variants for item in speed(device, variant, sizes)]
+    return [*measurements, shared_prefix(device, variants[0], sizes), *publication(device, sizes)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The native engine on CUDA: checks, then speed.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal of the checks")
     given = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if given.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here: nothing was checked or measured.", file=sys.stderr)
         return NO_DEVICE
+    measurements, failures = checked(given.device)
     mode: Mode = "quick" if given.quick else "full"
-    measurements: list[Measurement] = []
-    failed: list[str] = []
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-    for dtype in dtypes:
-        checks = check("cuda", dtype, threads=4)
-        failed += failures(checks, TOLERANCES[dtype])
-        measurements += [*checks, *speed("cuda", dtype, 4, 20 if given.quick else 100)]
-    measured = result("cuda", mode, {}, measurements, notes=failed, accelerator=torch.cuda.get_device_name())
-    write_result(measured)
+    accelerator = ""
+    if given.device == "cuda":
+        measurements += timed("cuda", QUICK if given.quick else FULL)
+        accelerator = torch.cuda.get_device_name()
+    measured = result("cuda", mode, {"model": DESCRIPTION}, measurements, notes=failures, accelerator=accelerator)
+    if given.device == "cuda":
+        write_result(measured)
     print(table(measured))
-    print("FAILED" if failed else "every check passed")
-    return CHECK_FAILED if failed else 0
+    if given.device == "cpu":
+        print("A rehearsal on the CPU, which has neither varlen attention nor graphs: nothing is known of CUDA by it.")
+    print("\n".join(["FAILED", *failures]) if failures else "every check passed")
+    return CHECK_FAILED if failures else 0
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ class EngineDriver:
     def __init__(
         self, model_dir: Path, device: Device, dtype: Dtype, *, threads: int, kv_bytes: int, share: bool | None = None
     ) -> None:
-        self.sink = TokenSink()
-        self.engine = NativeEngine.open(
+        self._open(
             ModelConfig(path=str(model_dir), device=device, dtype=dtype),
             EngineConfig(
                 threads=threads,
@@ -59,8 +58,17 @@ class EngineDriver:
                 prefix_reuse=share is not None,
                 shared_prefix_attention=share is not False,
             ),
-            self.sink,
         )
+
+    @classmethod
+    def configured(cls, model: ModelConfig, engine: EngineConfig) -> EngineDriver:
+        driver = cls.__new__(cls)
+        driver._open(model, engine)
+        return driver
+
+    def _open(self, model: ModelConfig, engine: EngineConfig) -> None:
+        self.sink = TokenSink()
+        self.engine = NativeEngine.open(model, engine, self.sink)
         self._next_key = 0
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,9 +86,11 @@ class CudaLane:
         return event
 
 
-def pin(memory: torch.Tensor) -> None:
+def pin(memory: torch.Tensor, device: torch.device) -> None:
     """Registers host memory with the driver. Without it copies are right, but the host waits for each."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if code:
         _log.warning("arena_not_pinned", bytes=memory.nbytes, cuda_error=code)
+        with suppress(RuntimeError):  # the driver keeps the error and raises it once more, at the next launch
+            torch.zeros(1, device=device)

@@ -226,20 +226,26 @@ class GraphedPieces:
 
 
 class CudaCapture:
-    """Implements Capture with CUDA graphs that share one pool of memory: they are replayed one after the other."""
+    """Implements Capture with CUDA graphs that share one pool of memory: they are replayed one after the other.
+
+    Not with torch.cuda.graph: it collects garbage and empties the allocator's cache at every capture, while streams wait.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, piece: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            piece()  # libraries set themselves up in a first call, which a capture must not see
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            piece()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            piece()  # libraries set themselves up for a stream in its first call, which a capture must not see
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                piece()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay
 
 

@@ -45,10 +45,13 @@ class KvMemory(Protocol):
 
 
 def open_kv_memory(layout: Layout, device: torch.device) -> KvMemory:
-    arena = Arena(layout)
+    return kv_memory_over(Arena(layout), device)
+
+
+def kv_memory_over(arena: Arena, device: torch.device) -> KvMemory:
     if device.type == "cpu":
         return HostKvMemory(arena)
-    pin(arena.tensor)
+    pin(arena.tensor, device)
     return DeviceKvMemory(arena, device, CudaLane(device))
 
 
