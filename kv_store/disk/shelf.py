@@ -239,15 +239,16 @@ class Shelf:
         return lines
 
     def snapshot(self) -> list[Line]:
-        """All that a new index log needs to know; it then needs none of the lines up to now."""
+        """All that a new index log needs to know; it then needs none of the lines up to now. What is known of a segment comes
+        after its pages, and those in order: then the first part of a log is true as well."""
         with self._lock:
             self._lines = []
-            lines: list[Line] = [SegmentKnown(*known) for known in self._table.known()]
-            for place, resident in self._table.residents():
-                entry = resident.entry
-                if entry.state == "ready":
-                    lines.append(Stored(place, resident.sequence, entry.stored_s, entry.page))
-        return lines
+            ready = [item for item in self._table.residents() if item[1].entry.state == "ready"]
+            lines: list[Line] = [
+                Stored(place, resident.sequence, resident.entry.stored_s, resident.entry.page)
+                for place, resident in sorted(ready, key=lambda item: item[0])
+            ]
+            return lines + [SegmentKnown(*known) for known in self._table.known()]
 
     def take_news(self) -> list[tuple[Change, Page]]:
         with self._lock:

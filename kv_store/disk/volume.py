@@ -66,8 +66,11 @@ class Volume:
         a page that was removed meanwhile."""
         with self._stores, self._index_log_lock:
             self._tell_log()
-            if not self._closed:
-                self._index_log.sync()
+            if self._closed:
+                return
+            self._log_is_true = False  # until what was appended is known to be on disk
+            self._index_log.sync()
+            self._log_is_true = True
 
     def close(self) -> None:
         """After the last load. What changed so far is known, if the disk still works."""

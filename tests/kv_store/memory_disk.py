@@ -117,14 +117,21 @@ class MemoryFile:
         return offset - start
 
     def write(self, parts: Sequence[memoryview], offset: int) -> None:
-        self._disk.enter("write")
         self._check_alignment(parts, offset)
         data = b"".join(parts)
+        try:
+            self._disk.enter("write")
+        except OSError:
+            self._put(offset, data[: len(data) // 2])
+            raise
         self._disk.step()
-        self._content.unsynced.append((offset, data))
-        _apply(self._content.now, offset, data)
+        self._put(offset, data)
         self._disk.grown()
         self._disk.check()
+
+    def _put(self, offset: int, data: bytes) -> None:
+        self._content.unsynced.append((offset, data))
+        _apply(self._content.now, offset, data)
 
     def resize(self, size_bytes: int) -> None:
         self._disk.enter("resize")
@@ -135,10 +142,17 @@ class MemoryFile:
         self._disk.check()
 
     def sync(self) -> None:
-        self._disk.enter("sync")
+        """Where it fails, what was not synced is lost for good, though it can be read until the end: so does Linux."""
+        content = self._content
+        try:
+            self._disk.enter("sync")
+        except OSError:
+            content.unsynced.clear()
+            raise
         if not self._disk.step():
-            self._content.durable = bytearray(self._content.now)
-            self._content.unsynced.clear()
+            for offset, data in content.unsynced:
+                _apply(content.durable, offset, data)
+            content.unsynced.clear()
         self._disk.check()
 
     def close(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import pytest
 
@@ -11,14 +13,15 @@ from kv_store.disk.disk_tier import DiskTier
 from kv_store.disk.layout import DiskLimits, layout_of
 from kv_store.lru import Lru
 from kv_store.page import Page
-from kv_store.tier import Change
+from kv_store.tier import Change, TierFailed
 from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of
-from tests.kv_store.memory_disk import SURVIVALS, Crash, MemoryDisk
+from tests.kv_store.memory_disk import SURVIVALS, Crash, MemoryDisk, Operation
 
 PAGES = 32
 LIVES = 4
 ACTIONS = 24
 GROUPS = 10
+GROUPS_WITH_FAULTS = 3
 SEEDS_PER_GROUP = 100
 # Four slots in each of five segments, one of which compaction keeps free.
 LIMITS = DiskLimits(capacity_bytes=225_000, ttl_s=500.0, segment_bytes=4096 + 4 * 8192)
@@ -88,14 +91,22 @@ def check_start(tier: DiskTier, promised: set[bytes], history: History) -> None:
     assert len(promised - readable - history.left) <= tier.counters.expired, "a synced page was lost"
 
 
-def live(disk: MemoryDisk, history: History, rng: random.Random) -> None:
+def no_faults(disk: MemoryDisk) -> None:
+    pass
+
+
+def live(
+    disk: MemoryDisk, history: History, rng: random.Random, change_faults: Callable[[MemoryDisk], None] = no_faults
+) -> None:
     promised = set(history.known)
     history.known, history.left = set(), set()
     try:
         tier = history.tier(disk)
         check_start(tier, promised, history)
         for _ in range(ACTIONS):
-            act(tier, history, rng)
+            change_faults(disk)
+            with suppress(TierFailed):
+                act(tier, history, rng)
         if rng.random() < 0.1:
             tier.close()
     except Crash:
@@ -118,3 +129,23 @@ def test_no_crash_makes_a_wrong_byte_or_loses_a_synced_page(group: int) -> None:
             disk = disk.after_crash(
                 rng, rng.choice(SURVIVALS), crash_at=rng.choice((rng.randrange(12), rng.randrange(180)))
             )
+
+
+@pytest.mark.parametrize("group", range(GROUPS_WITH_FAULTS))
+def test_no_crash_after_failing_calls_does_either(group: int) -> None:
+    """Writes, syncs, reads, new files and renames fail now and then, before the crash."""
+    operations: tuple[Operation, ...] = ("write", "resize", "sync", "read", "open", "rename")
+    for seed in range(group * SEEDS_PER_GROUP, (group + 1) * SEEDS_PER_GROUP):
+        rng = random.Random(f"faults {seed}")
+
+        def change_faults(disk: MemoryDisk, rng: random.Random = rng) -> None:
+            disk.faults.clear()
+            if rng.random() < 0.3:
+                disk.faults[rng.choice(operations)] = rng.choice((errno.EIO, errno.ENOSPC))
+
+        history = History()
+        disk = MemoryDisk(alignment=rng.choice((1, 4096)))
+        for _ in range(LIVES):
+            live(disk, history, rng, change_faults)
+            assert disk.peak_bytes <= LIMITS.capacity_bytes
+            disk = disk.after_crash(rng, rng.choice(SURVIVALS), crash_at=rng.randrange(20, 400))
