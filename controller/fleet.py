@@ -12,7 +12,7 @@ import grpc
 from controller import membership
 from controller.membership import ConnectionLost, DeclareLost, Dial, Heard, Limits
 from controller.pending_commands import PendingCommands
-from controller.placement.snapshot import FleetSnapshot
+from controller.placement.snapshot import NO_REUSE, FleetSnapshot, Reuse
 from controller.worker_record import WorkerRecord
 from controller.worker_session import SessionEnded, WorkerSession, command_error
 from pdserve.errors import InvalidRequest, NotFound, Unavailable, WorkerLost
@@ -80,6 +80,11 @@ class Fleet:
 
     def snapshot(self) -> FleetSnapshot:
         return FleetSnapshot(tuple([record.view() for record in self._records.values()]))
+
+    def reuse(self, block_hashes: bytes) -> dict[str, Reuse]:
+        """What each worker holds of a prompt; those that hold nothing are left out."""
+        found = ((record.worker_id, record.holdings.reuse(block_hashes)) for record in self._records.values())
+        return {worker_id: reuse for worker_id, reuse in found if reuse != NO_REUSE}
 
     def serves(self) -> bool:
         """True if any worker takes work."""
@@ -192,8 +197,12 @@ class Fleet:
                 return
             case "result":
                 self._commands.settle(response.result.command_id, command_error(response.result))
+            case "kv":
+                if not record.holdings.apply(response.kv):
+                    log.warning("kv_events_missing", worker_id=record.worker_id, sequence=response.kv.first_sequence)
+                    self.send(record.worker_id, worker_pb2.SessionRequest(kv_snapshot=worker_pb2.KvSnapshotRequest()))
             case _:
-                pass  # KV events are for the prefix index; what is unknown comes from a newer worker
+                pass  # what is unknown comes from a newer worker
         record.frame_s = now
 
     # ---- operators

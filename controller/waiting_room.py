@@ -14,7 +14,7 @@ from controller.placement.decision import Pick
 from controller.placement.explain import Placed
 from controller.placement.place import Outcome, place
 from controller.placement.policies import Policy
-from controller.placement.snapshot import Demand, FleetSnapshot
+from controller.placement.snapshot import Demand, FleetSnapshot, Reuse
 from controller.request_metrics import RequestObserver
 from controller.timeline import OpenStage
 from pdserve.errors import PdserveError, PromptTooLong
@@ -135,7 +135,14 @@ class WaitingRoom:
             route=request.route,
             refused_now=frozenset(entry.refused_now),
             bad_pairs=frozenset(live.bad_pairs),
+            reuse=self._reuse(live, choices[0]),
         )
+
+    def _reuse(self, live: LiveRequest, choice: int) -> dict[str, Reuse]:
+        identity = self._fleet.identity()
+        if not identity or live.lacks_prompt_logprobs:
+            return {}  # what is computed for the log-probabilities of its prompt is not taken from anywhere
+        return self._fleet.reuse(live.block_hashes(identity, live.token_ids(choice)))
 
     def _close_stage(self, entry: Waiting[Group], attempt: int, now: float) -> None:
         entries = self._stages.get(entry.item.live, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controller.kv_holdings import KvHoldings
 from controller.membership import Member
 from controller.operations import KvEndpointStatus, RoleName, WorkerStatus
 from controller.placement.snapshot import WorkerView
@@ -30,6 +31,7 @@ class WorkerRecord:
         self.info = membership_pb2.WorkerInfo(worker_id=worker_id)
         self.load = worker_pb2.LoadReport()
         self.session: WorkerSession | None = None
+        self.holdings = KvHoldings()
         self.dispatches = 0
         self.stalled = False
         self.frame_s = 0.0  # when its last frame came; `member` learns of it at the next tick
@@ -53,6 +55,7 @@ class WorkerRecord:
     def forget_load(self) -> None:
         """The incarnation is gone. Its burdens go one by one, as their dispatches end."""
         self.load = worker_pb2.LoadReport()
+        self.holdings = KvHoldings()
         self.stalled = False
         self._view = None
 

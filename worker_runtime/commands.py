@@ -45,6 +45,7 @@ class CommandRouter:
             "set_roles": self._set_roles,
             "drain": self._drain,
             "adopt": self._adopt,
+            "kv_snapshot": self._kv_snapshot,
         }
 
     def handle(self, controller_id: str, request: worker_pb2.SessionRequest) -> None:
@@ -89,6 +90,9 @@ class CommandRouter:
     def _ack(self, controller_id: str, request: worker_pb2.SessionRequest) -> None:
         self._hub.acknowledge(controller_id, request.ack.sequence)
         self._context.dispatches.acknowledged(controller_id, request.ack.sequence, self._clock())
+
+    def _kv_snapshot(self, controller_id: str, request: worker_pb2.SessionRequest) -> None:
+        self._hub.kv_snapshot(controller_id)
 
     def _set_roles(self, controller_id: str, request: worker_pb2.SessionRequest) -> None:
         self._control.set_roles(roles_from_proto(request.set_roles.roles))

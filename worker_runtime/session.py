@@ -153,6 +153,13 @@ class SessionHub:
         self._indexes.setdefault(tier, KvIndex()).evicted(block_hashes)
         self._kv_event(worker_pb2.KvEvent.KIND_EVICTED, block_hashes, tier)
 
+    def kv_snapshot(self, controller_id: str) -> None:
+        """That controller gets everything afresh."""
+        session = self._sessions.get(controller_id)
+        if session is not None and session.stream is not None:
+            session.stream.kv_snapshot_due = True
+            session.stream.wake()
+
     def drain(self, stream: SessionStream) -> Iterator[worker_pb2.SessionResponse]:
         """What is to be written to `stream` now, oldest first."""
         replay = stream.session.replay

@@ -12,6 +12,8 @@ Terms = tuple[float, ...]
 # A hand-off costs about this part of a prefill step, and a little per token; measured against transfers on one host.
 HAND_OFF_STEPS = 0.02
 HAND_OFF_STEPS_PER_TOKEN = 1e-5
+# Loading a token's KV from a tier is taken to cost this part of computing it. The worker decides by its own measured speeds.
+LOAD_SHARE = 0.1
 
 
 class Policy(Protocol):
@@ -31,24 +33,36 @@ class Policy(Protocol):
 class LeastLoaded:
     """Join the shortest queue (Splitwise, ISCA'24, section 4), in units of engine steps.
 
-    Prefill side: steps of prompt work before and for this prompt. Decode side: share of the batch and of the KV pool in use.
+    Prefill side: steps of prompt work before this prompt, for what of it is computed, and for what is loaded from a tier. Decode
+    side: share of the batch and of the KV pool in use.
     Jointly: a hand-off, or, on one worker, what the prompt's steps cost the sequences that decode there.
     """
 
-    prefill_names: tuple[str, ...] = ("prefill_queue", "prefill")
+    prefill_names: tuple[str, ...] = ("prefill_queue", "prefill", "load")
     decode_names: tuple[str, ...] = ("batch_fill", "kv_fill")
     joint_names: tuple[str, ...] = ("hand_off", "interference")
 
     def prefill_terms(self, view: WorkerView, demand: Demand) -> Terms:
-        return view.pending_prefill_tokens / view.token_budget, demand.tokens / view.token_budget
+        return (
+            view.pending_prefill_tokens / view.token_budget,
+            _computed(view, demand) / view.token_budget,
+            demand.reuse_at(view).stored_tokens * LOAD_SHARE / view.token_budget,
+        )
 
     def decode_terms(self, view: WorkerView, demand: Demand) -> Terms:
         return view.sequences / view.max_batch, 1.0 - view.blocks_free / view.blocks_total
 
     def joint_terms(self, prefill: WorkerView, decode: WorkerView, demand: Demand) -> Terms:
         if prefill is not decode:
-            return HAND_OFF_STEPS + demand.tokens * HAND_OFF_STEPS_PER_TOKEN, 0.0
-        return 0.0, demand.tokens / decode.token_budget * min(decode.sequences, 8)
+            moved = demand.tokens - demand.reuse_at(decode).device_tokens
+            return HAND_OFF_STEPS + moved * HAND_OFF_STEPS_PER_TOKEN, 0.0
+        return 0.0, _computed(decode, demand) / decode.token_budget * min(decode.sequences, 8)
+
+
+def _computed(view: WorkerView, demand: Demand) -> int:
+    """Tokens that this worker would have to compute: the last one always, its logits are needed."""
+    reuse = demand.reuse_at(view)
+    return max(1, demand.tokens - reuse.device_tokens - reuse.stored_tokens)
 
 
 POLICIES: dict[str, Policy] = {"least-loaded": LeastLoaded()}

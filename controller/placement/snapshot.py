@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from controller.request import Route
 
@@ -35,6 +36,17 @@ class FleetSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Reuse:
+    """Tokens of one prompt whose KV a worker holds: on the device, and beyond that in its tiers."""
+
+    device_tokens: int = 0
+    stored_tokens: int = 0
+
+
+NO_REUSE = Reuse()
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """What one dispatch needs. `tokens` are prompt and accepted output, `limit_tokens` the longest it can become."""
 
@@ -45,3 +57,7 @@ class Demand:
     route: Route | None = None
     refused_now: frozenset[str] = frozenset()  # workers that refused it a moment ago
     bad_pairs: frozenset[tuple[str, str]] = frozenset()  # (prefill, decode) that could not hand over
+    reuse: Mapping[str, Reuse] = field(default_factory=dict)  # by worker; those that hold nothing of it are left out
+
+    def reuse_at(self, view: WorkerView) -> Reuse:
+        return self.reuse.get(view.worker_id, NO_REUSE)

@@ -57,6 +57,7 @@ class SessionRequest(_message.Message):
     SET_ROLES_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     ADOPT_FIELD_NUMBER: _builtins.int
+    KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenSession:
         """always first"""
@@ -83,6 +84,8 @@ class SessionRequest(_message.Message):
     def drain(self) -> Global___Drain: ...
     @_builtins.property
     def adopt(self) -> Global___Adopt: ...
+    @_builtins.property
+    def kv_snapshot(self) -> Global___KvSnapshotRequest: ...
     def __init__(
         self,
         *,
@@ -95,16 +98,34 @@ class SessionRequest(_message.Message):
         set_roles: Global___SetRoles | None = ...,
         drain: Global___Drain | None = ...,
         adopt: Global___Adopt | None = ...,
+        kv_snapshot: Global___KvSnapshotRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "adopt", b"adopt", "cancel", b"cancel", "command", b"command", "drain", b"drain", "generate", b"generate", "open", b"open", "prefill", b"prefill", "reserve", b"reserve", "set_roles", b"set_roles"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "adopt", b"adopt", "cancel", b"cancel", "command", b"command", "drain", b"drain", "generate", b"generate", "kv_snapshot", b"kv_snapshot", "open", b"open", "prefill", b"prefill", "reserve", b"reserve", "set_roles", b"set_roles"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "adopt", b"adopt", "cancel", b"cancel", "command", b"command", "drain", b"drain", "generate", b"generate", "open", b"open", "prefill", b"prefill", "reserve", b"reserve", "set_roles", b"set_roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "adopt", b"adopt", "cancel", b"cancel", "command", b"command", "drain", b"drain", "generate", b"generate", "kv_snapshot", b"kv_snapshot", "open", b"open", "prefill", b"prefill", "reserve", b"reserve", "set_roles", b"set_roles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "reserve", "prefill", "generate", "cancel", "ack", "set_roles", "drain", "adopt"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "reserve", "prefill", "generate", "cancel", "ack", "set_roles", "drain", "adopt", "kv_snapshot"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class KvSnapshotRequest(_message.Message):
+    """The controller missed KV events: all that the worker holds is told afresh, beginning with KIND_CLEARED."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSnapshotRequest: _TypeAlias = KvSnapshotRequest  # noqa: Y015
 
 @_typing.final
 class OpenSession(_message.Message):

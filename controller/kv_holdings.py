@@ -1,0 +1,82 @@
+"""Owns what one worker's KV events say it holds, tier by tier, and how much of a prompt that is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from controller.placement.snapshot import Reuse
+from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS
+from pdserve.v1 import worker_pb2
+
+DEVICE_TIER = "device"
+
+
+class KvHoldings:
+    """Events are numbered without gaps; a message that begins with CLEARED starts afresh, with whatever number."""
+
+    def __init__(self) -> None:
+        self._tiers: dict[bytes, set[str]] = {}
+        self._units: dict[str, int] = {}  # per tier
+        self._next_sequence = 0  # 0: nothing is known yet
+
+    def apply(self, message: worker_pb2.KvEvents) -> bool:
+        """False where events are missing: what is known is not the whole truth any more, a snapshot must be asked for."""
+        afresh = bool(message.events) and message.events[0].kind == worker_pb2.KvEvent.KIND_CLEARED
+        if not afresh and message.first_sequence != self._next_sequence:
+            return False
+        self._next_sequence = message.first_sequence + len(message.events)
+        for event in message.events:
+            self._apply(event)
+        return True
+
+    def units(self) -> dict[str, int]:
+        """Hash units per tier."""
+        return {tier: count for tier, count in self._units.items() if count}
+
+    def reuse(self, block_hashes: bytes) -> Reuse:
+        """How much of a prompt with these keys lies here. Found by bisection: chains are evicted from their end, so a hole, which
+        would make this wrong, is rare; and placement survives a wrong guess."""
+        count = len(block_hashes) // HASH_BYTES
+        on_device = self._reach(block_hashes, 0, count, device=True)
+        anywhere = self._reach(block_hashes, on_device, count, device=False)
+        return Reuse(on_device * HASH_UNIT_TOKENS, (anywhere - on_device) * HASH_UNIT_TOKENS)
+
+    def _reach(self, block_hashes: bytes, held: int, count: int, *, device: bool) -> int:
+        low, high = held, count  # units before `low` are held, the one at `high` is not
+        while low < high:
+            middle = (low + high) // 2
+            tiers = self._tiers.get(block_hashes[middle * HASH_BYTES : (middle + 1) * HASH_BYTES], ())
+            if DEVICE_TIER in tiers if device else tiers:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _apply(self, event: worker_pb2.KvEvent) -> None:
+        match event.kind:
+            case worker_pb2.KvEvent.KIND_CLEARED:
+                self._tiers.clear()
+                self._units.clear()
+            case worker_pb2.KvEvent.KIND_STORED:
+                for key in _keys(event.block_hashes):
+                    tiers = self._tiers.setdefault(key, set())
+                    self._units[event.tier] = self._units.get(event.tier, 0) + (event.tier not in tiers)
+                    tiers.add(event.tier)
+            case worker_pb2.KvEvent.KIND_EVICTED:
+                for key in _keys(event.block_hashes):
+                    self._leave(key, event.tier)
+            case _:
+                pass  # of a newer worker
+
+    def _leave(self, key: bytes, tier: str) -> None:
+        tiers = self._tiers.get(key)
+        if tiers is None or tier not in tiers:
+            return
+        tiers.remove(tier)
+        self._units[tier] -= 1
+        if not tiers:
+            del self._tiers[key]
+
+
+def _keys(packed: bytes) -> Iterator[bytes]:
+    return (packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES))
