@@ -158,6 +158,8 @@ class NativeEngine:
             self._start(sequence)
         if plan.parts:
             self._compute(plan)
+        else:
+            self._memory.settle()  # nothing is left to copy beside
         self._tell_news()
         self._sink.flush()
         return not plan.empty

@@ -22,7 +22,7 @@ from engine.cuda_export import Copy, Event, runs
 from engine.kv_memory import Arena, DeviceKvMemory, HostKvMemory, KvMemory, copy_blocks
 from engine.native import NativeEngine
 from engine.protocol import Event as EngineEvent
-from engine.protocol import KvReady, Layout, PrefillDone, ReleaseSource, Started, Submit
+from engine.protocol import KvOffered, KvReady, Layout, OfferPages, PrefillDone, ReleaseSource, Started, Submit
 from service_kit.config import EngineConfig, ModelConfig
 from tests.engine.rig import MIB, PROMPT, Recorder, assert_all_free, finish, open_native, sampling, work
 
@@ -219,4 +219,16 @@ def test_a_prefill_announces_finished_blocks_only_and_all_of_them_before_it_is_d
         each.handle(ReleaseSource(work(1, PROMPT).dispatch))
         assert_all_free(each)
         each.close()
+    plain.close()
+
+
+def test_pages_offered_with_the_last_step_are_told_when_nothing_is_left_to_compute(model_dir: Path) -> None:
+    recorder, settings = Recorder(), EngineConfig(kv_bytes=4 * MIB, threads=1)
+    plain = NativeEngine.open(ModelConfig(path=str(model_dir), device="cpu", dtype="float32"), settings, recorder)
+    lane = SlowLane()
+    engine = NativeEngine(plain._model, DeviceKvMemory(Arena(plain._model.layout), CPU, lane), settings, recorder)
+    finish(engine, OfferPages(16), Submit(work(1, PROMPT, sampling(1)), "generate"))
+    assert not lane.waiting
+    assert [len(event.pages) for event in recorder.of(KvOffered)] == [len(PROMPT) // 16]
+    engine.close()
     plain.close()
