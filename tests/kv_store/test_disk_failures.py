@@ -1,0 +1,261 @@
+"""A disk that is full, broken, read-only, missing or somebody else's: one TierFailed, a pause that grows, and serving goes on."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kv_store.disk.device import Disk
+from kv_store.disk.disk_tier import DiskTier
+from kv_store.disk.layout import DiskLimits, layout_of
+from kv_store.disk.posix import PosixDisk, posix_mount
+from kv_store.lru import Lru
+from kv_store.tier import TierFailed
+from pdserve.errors import ConfigInvalid
+from tests.kv_store.chains import ALIGNED, SMALL, bytes_of, key_of, page_of
+from tests.kv_store.memory_disk import MemoryDisk, Operation
+
+LIMITS = DiskLimits(capacity_bytes=275_000, segment_bytes=4096 + 4 * 8192)
+
+
+class Bench:
+    """A tier on `disk`, or one that cannot be mounted for as long as `mount_error` is set."""
+
+    def __init__(self, disk: MemoryDisk, mount_error: int = 0) -> None:
+        self.disk = disk
+        self.mount_error = mount_error
+        self.now_s = 1000.0
+        self.tier = DiskTier(self.mount, SMALL, LIMITS, Lru(), lambda change, pages: None, lambda: self.now_s)
+
+    def mount(self) -> Disk:
+        if self.mount_error:
+            raise OSError(self.mount_error, "not now")
+        return self.disk
+
+    def write(self, *numbers: int) -> int:
+        return self.tier.write([page_of(number) for number in numbers], [bytes_of(number) for number in numbers])
+
+    def read(self, *numbers: int) -> int:
+        into = [SMALL.empty() for _ in numbers]
+        good = self.tier.read([page_of(number).id for number in numbers], into)
+        assert all((into[at] == bytes_of(numbers[at])).all() for at in range(good))
+        return good
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("operation", ["write", "sync", "resize", "open"])
+def test_a_store_that_fails_is_told_once_then_pages_are_dropped_and_reads_go_on(
+    operation: Operation, code: int
+) -> None:
+    bench = Bench(MemoryDisk())
+    bench.write(0, 1, 2, 3)  # the segment is full: the next page needs all of these operations
+    bench.disk.faults[operation] = code
+    with pytest.raises(TierFailed):
+        bench.write(4)
+    assert (bench.write(4), bench.write(5)) == (0, 0)
+    assert bench.read(0, 1, 2, 3) == 4
+    counters = bench.tier.counters
+    assert (counters.failures, counters.dropped, counters.stored) == (1, 3, 4)
+    bench.disk.faults.clear()
+    bench.now_s += 1.0
+    assert bench.write(4, 5) == 2
+    assert bench.read(4, 5) == 2
+
+
+def test_the_pause_doubles_with_each_failure_in_a_row_up_to_a_minute() -> None:
+    bench = Bench(MemoryDisk())
+    bench.disk.faults["write"] = errno.ENOSPC
+    for pause_s in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0):
+        with pytest.raises(TierFailed):
+            bench.write(0)
+        bench.now_s += pause_s - 0.25
+        assert bench.write(0) == 0
+        bench.now_s += 0.25
+
+
+def test_a_success_ends_the_row_of_failures() -> None:
+    bench = Bench(MemoryDisk())
+    for _ in range(3):
+        bench.disk.faults["write"] = errno.EIO
+        with pytest.raises(TierFailed):
+            bench.write(0)
+        bench.disk.faults.clear()
+        bench.now_s += 1.0
+        assert bench.write(1) == 1
+        bench.tier.remove([key_of(1)])
+
+
+def test_a_clock_that_jumps_back_does_not_lengthen_the_pause() -> None:
+    bench = Bench(MemoryDisk())
+    bench.disk.faults["write"] = errno.EIO
+    with pytest.raises(TierFailed):
+        bench.write(0)
+    bench.disk.faults.clear()
+    bench.now_s -= 3600.0
+    assert bench.write(0) == 1
+
+
+def test_a_page_that_cannot_be_read_is_dropped_and_the_others_return_after_the_pause() -> None:
+    bench = Bench(MemoryDisk())
+    bench.write(0, 1, 4)
+    bench.disk.faults["read"] = errno.EIO
+    with pytest.raises(TierFailed):
+        bench.read(4)
+    assert (bench.read(0, 1), bench.tier.present([page_of(0).id])) == (0, 0)
+    bench.disk.faults.clear()
+    bench.now_s += 1.0
+    assert bench.read(0, 1) == 2
+    assert bench.read(4) == 0
+    assert bench.write(4) == 1
+
+
+def test_pages_of_a_failed_sync_are_not_there_and_never_come_back_wrong() -> None:
+    bench = Bench(MemoryDisk())
+    bench.write(0)
+    bench.disk.faults["sync"] = errno.EIO
+    with pytest.raises(TierFailed):
+        bench.write(1, 2)
+    assert bench.tier.present([page_of(1).id]) == 0
+    bench.disk.faults.clear()
+    bench.now_s += 1.0
+    assert bench.write(1, 2) == 2
+    again = Bench(bench.disk)
+    assert again.read(0, 1, 2) == 3
+
+
+def test_a_removal_that_cannot_be_promised_is_told() -> None:
+    bench = Bench(MemoryDisk())
+    bench.write(0)
+    bench.disk.faults["sync"] = errno.EIO
+    with pytest.raises(TierFailed):
+        bench.tier.remove([key_of(0)])
+    assert bench.tier.present([page_of(0).id]) == 0
+
+
+def test_a_directory_that_cannot_be_opened_is_tried_again_and_then_has_its_pages() -> None:
+    disk = MemoryDisk()
+    Bench(disk).write(0, 1)
+    bench = Bench(disk, mount_error=errno.EROFS)
+    assert (bench.tier.counters.failures, bench.read(0), bench.write(4)) == (1, 0, 0)
+    bench.now_s += 1.0
+    with pytest.raises(TierFailed):
+        bench.write(4)
+    bench.mount_error = 0
+    bench.now_s += 2.0
+    assert bench.write(4) == 1
+    assert bench.read(0, 1) == 2
+
+
+def test_a_closed_tier_stores_and_finds_nothing() -> None:
+    bench = Bench(MemoryDisk())
+    bench.write(0)
+    bench.tier.close()
+    bench.tier.close()
+    assert (bench.write(1), bench.read(0), bench.tier.present([page_of(0).id])) == (0, 0, 0)
+
+
+# ---- the real disk
+
+
+def posix_tier(folder: Path, clock_s: float = 1000.0) -> DiskTier:
+    return DiskTier(posix_mount(folder), SMALL, LIMITS, Lru(), lambda change, pages: None, lambda: clock_s)
+
+
+def test_a_file_in_place_of_the_directory_turns_the_tier_off(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_text("not a directory")
+    tier = posix_tier(tmp_path / "disk")
+    assert tier.counters.failures == 1
+    assert tier.write([page_of(0)], [bytes_of(0)]) == 0
+    assert tier.used_bytes() == 0
+
+
+def test_a_directory_has_one_owner(tmp_path: Path) -> None:
+    first = posix_tier(tmp_path)
+    first.write([page_of(0)], [bytes_of(0)])
+    second = posix_tier(tmp_path)
+    assert (second.counters.failures, second.present([page_of(0).id])) == (1, 0)
+    first.close()
+    third = posix_tier(tmp_path)
+    assert third.present([page_of(0).id]) == 1
+    third.close()
+
+
+@pytest.mark.parametrize("shift_bytes", [0, 8])
+def test_pages_that_lie_aligned_or_not_go_to_a_real_disk_and_back(tmp_path: Path, shift_bytes: int) -> None:
+    """Aligned rows go past the tier's own buffers."""
+    limits = DiskLimits(capacity_bytes=2**20, segment_bytes=2**17)
+    tier = DiskTier(posix_mount(tmp_path), ALIGNED, limits, Lru(), lambda change, pages: None)
+    memory = np.frombuffer(mmap.mmap(-1, 8 * 4096), dtype=np.uint8)
+    rows = memory[shift_bytes : shift_bytes + 4 * 4096].reshape(2, 2 * 4096)[:, :4096]
+    rows[:] = bytes_of(0, ALIGNED)
+    assert tier.write([page_of(0)], [rows]) == 1
+    rows[:] = 0
+    assert tier.read([page_of(0).id], [rows]) == 1
+    assert (rows == bytes_of(0, ALIGNED)).all()
+    assert not memory[shift_bytes + 4096 : shift_bytes + 2 * 4096].any()
+    tier.close()
+
+
+CHILD = """
+import resource, sys
+from pathlib import Path
+from tests.kv_store.test_disk_failures import bytes_of, page_of, posix_tier
+from kv_store.tier import TierFailed
+tier = posix_tier(Path(sys.argv[1]))
+assert tier.write([page_of(0)], [bytes_of(0)]) == 1
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    tier.write([page_of(number) for number in range(1, 9)], [bytes_of(number) for number in range(1, 9)])
+except TierFailed as failed:
+    print("failed", tier.present([page_of(0).id]), tier.write([page_of(1)], [bytes_of(1)]), tier.counters.failures)
+"""
+
+
+def test_a_real_limit_of_the_kernel_turns_stores_off_and_nothing_else(tmp_path: Path) -> None:
+    """Files beyond the limit cannot grow: the second segment gets EFBIG."""
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "disk")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
+    assert done.stdout.split()[-4:] == ["failed", "1", "0", "1"], done.stderr
+    tier = posix_tier(tmp_path / "disk")
+    assert tier.present([page_of(0).id]) == 1
+    tier.close()
+
+
+def test_a_probe_leaves_nothing_behind_and_tells_what_the_file_system_takes(tmp_path: Path) -> None:
+    disk = PosixDisk(tmp_path)
+    assert disk.alignment in (1, 4096)
+    assert disk.sizes() == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    disk.close()
+
+
+# ---- sizes
+
+
+def test_a_capacity_of_less_than_two_segments_is_refused() -> None:
+    with pytest.raises(ConfigInvalid):
+        layout_of(SMALL, DiskLimits(capacity_bytes=50_000, segment_bytes=LIMITS.segment_bytes))
+
+
+def test_more_segments_than_open_files_is_refused() -> None:
+    with pytest.raises(ConfigInvalid):
+        layout_of(SMALL, DiskLimits(capacity_bytes=2**40))
+
+
+@pytest.mark.parametrize("capacity_bytes", [100_000, 275_000, 1_000_000])
+def test_all_files_together_never_exceed_the_capacity(capacity_bytes: int) -> None:
+    disk = MemoryDisk()
+    limits = DiskLimits(capacity_bytes=capacity_bytes, segment_bytes=LIMITS.segment_bytes)
+    tier = DiskTier(lambda: disk, SMALL, limits, Lru(), lambda change, pages: None)
+    for number in range(400):
+        tier.write([page_of(number)], [bytes_of(number)])
+        if number % 7 == 0:
+            tier.remove([key_of(number - 2)])
+    assert disk.peak_bytes <= capacity_bytes
+    assert tier.used_bytes() > capacity_bytes // 5
