@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import numpy as np
 import xxhash
 
+from kv_store.news import News
 from kv_store.page import Page, PageBytes, PageFormat, PageId
-from kv_store.tier import TierCounters, TierListener
+from kv_store.tier import Change, TierCounters, TierListener
 from kv_store.tier_index import Entry, TierIndex
 from pdserve.errors import ConfigInvalid
 
@@ -38,8 +39,9 @@ class HostTier:
         self.counters = TierCounters()
         self._format = page_format
         self._index = index
-        self._listener = listener
         self._clock = clock
+        self._changes: list[tuple[Change, Page]] = []
+        self._news = News(self._take_changes, listener)
         self._slots = _touched_memory(slots * page_format.size_bytes).reshape(slots, page_format.size_bytes)
         self._checksums = [b""] * slots
         self._free = list(range(slots - 1, -1, -1))
@@ -85,7 +87,8 @@ class HostTier:
             found = [entry for key in keys if (entry := self._index.get(key)) is not None and entry.state == "ready"]
             for entry in found:
                 self._release(self._index.drop(entry.key))
-        self._tell_gone(found)
+            self._gone(found)
+        self._news.tell()
         return len(found)
 
     def expire(self) -> None:
@@ -93,8 +96,9 @@ class HostTier:
         with self._lock:
             gone = self._index.expire(self._clock())
             self._release(gone)
+            self._gone(gone)
         self.counters.expired += len(gone)
-        self._tell_gone(gone)
+        self._news.tell()
 
     def used_bytes(self) -> int:
         return self._index.used_bytes
@@ -121,22 +125,24 @@ class HostTier:
                 return True
             granted, evicted = self._index.make_room(page, size_bytes, now_s)
             self._release(evicted)
+            self._gone(evicted)
             granted = granted and bool(self._free)  # what is dropped while it is read still has its slot
             entry = self._index.begin(page, size_bytes, self._free.pop(), now_s) if granted else None
         self.counters.evicted += len(evicted)
         self.counters.evicted_age_s += sum(now_s - gone.stored_s for gone in evicted)
-        self._tell_gone(evicted)
         if entry is None:
             self.counters.dropped += 1
+            self._news.tell()
             return False
         target = self._content(entry.place)
         np.copyto(target, content)
         self._checksums[entry.place] = xxhash.xxh3_128_digest(target.data)
         with self._lock:
             self._index.commit(entry)
+            self._changes.append(("stored", page))
         self.counters.stored += 1
         self.counters.bytes_in += size_bytes
-        self._listener("stored", [page])
+        self._news.tell()
         return True
 
     def _good(self, entries: Sequence[Entry]) -> int:
@@ -146,7 +152,8 @@ class HostTier:
                 self.counters.verify_failures["checksum"] += 1
                 with self._lock:
                     self._release(self._index.drop(entry.key))
-                self._tell_gone([entry])
+                    self._gone([entry])
+                self._news.tell()
                 return ordinal
         return len(entries)
 
@@ -157,9 +164,13 @@ class HostTier:
     def _release(self, entries: Sequence[Entry]) -> None:
         self._free += [entry.place for entry in entries]
 
-    def _tell_gone(self, entries: Sequence[Entry]) -> None:
-        if entries:
-            self._listener("evicted", [entry.page for entry in entries])
+    def _gone(self, entries: Sequence[Entry]) -> None:
+        self._changes += [("evicted", entry.page) for entry in entries]
+
+    def _take_changes(self) -> list[tuple[Change, Page]]:
+        with self._lock:
+            changes, self._changes = self._changes, []
+        return changes
 
 
 def _touched_memory(size_bytes: int) -> PageBytes:

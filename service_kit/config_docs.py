@@ -36,6 +36,7 @@ Secrets and locations come from the environment alone:
 |---|---|
 | `PDSERVE_API_KEYS` | Keys that clients may use, separated by commas; at least 8 characters each. Empty = none is asked for. |
 | `PDSERVE_API_KEY` | The key that the CLI sends; without it the first of `PDSERVE_API_KEYS`. |
+| `PDSERVE_REDIS_PASSWORD` | Password of the Redis tier. |
 | `PDSERVE_STATE_DIR` | Default of the CLI's `--state-dir`. |
 | `NO_COLOR` | No colours. |
 

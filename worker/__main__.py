@@ -14,7 +14,7 @@ from pathlib import Path
 import uvloop
 
 from decode_worker.service import DecodeService
-from kv_store.open_store import open_store
+from kv_store.open_store import StorePlace, open_store
 from pdserve.errors import ConfigInvalid, PdserveError
 from prefill_worker.service import PrefillService
 from service_kit.config import ClusterConfig
@@ -30,6 +30,7 @@ from worker_runtime.page_tiers import OpenStore
 from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
 
 ENGINE_MODULE = "worker.engine_main"
+REDIS_PASSWORD = "PDSERVE_REDIS_PASSWORD"
 EXIT_DRAINED = 0
 EXIT_CONFIG = 2
 EXIT_FAILED = 70
@@ -88,16 +89,19 @@ async def _open(settings: NodeSettings, engine_module: str, cores: Cores) -> Wor
     link = await ProcessEngineLink.start(frame, config.worker.engine_start_s, command, openmp_environment(cores))
     try:
         roles = (PrefillService, DecodeService)
-        return await WorkerNode.open(settings, link, roles, open_store=_store_opener(config))
+        return await WorkerNode.open(settings, link, roles, open_store=_store_opener(settings))
     except BaseException:
         await link.close()
         raise
 
 
-def _store_opener(config: ClusterConfig) -> OpenStore | None:
+def _store_opener(settings: NodeSettings) -> OpenStore | None:
+    config = settings.config
     if not config.store.host_bytes:
         return None
-    return lambda page_format, news: open_store(config.store, page_format, news.listener)
+    root = config.store.disk_dir or config.state_dir / "kv"
+    place = StorePlace(root / settings.worker_id, os.environ.get(REDIS_PASSWORD, ""))
+    return lambda page_format, news: open_store(config.store, place, page_format, news.listener)
 
 
 class _Stop:

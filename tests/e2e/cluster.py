@@ -16,6 +16,7 @@ import httpx
 
 PDSERVE = str(Path(sys.executable).parent / "pdserve")
 START_DEADLINE_S = 180.0
+SMALL_TIERS = ("--set", "store.host_bytes=33554432")  # many clusters run side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Cluster:
 
     def __init__(self, state_dir: Path, *flags: str) -> None:
         self.state_dir = state_dir
-        answer = run_cli(state_dir, "up", "--detach", "-o", "json", "--port", "0", *flags)
+        answer = run_cli(state_dir, "up", "--detach", "-o", "json", "--port", "0", *SMALL_TIERS, *flags)
         if answer.returncode != 0:
             logs = "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in state_dir.glob("logs/*"))
             run_cli(state_dir, "down")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kv_transfer.keys import HASH_BYTES, chain_hashes
@@ -89,3 +91,58 @@ async def test_a_prefill_loads_what_it_has_and_hands_everything_over(
     assert pair.prefill.of("started")[-1].started.cached_tokens == 16 * FULL_PAGES
     assert pair.prefill.tokens(2)[0] + pair.decode.tokens(2)[0] == pair.prefill.tokens(1)[0]
     await pair.all_free()
+
+
+async def test_what_went_to_disk_is_found_after_everything_was_killed(
+    controller: ControllerTwin, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    sets = (*SETS, "store.disk_bytes=200000000", f"state_dir={tmp_path / 'state'}")
+    worker = await start_worker("d0", "decode", *sets, engine_module=NATIVE)
+    session = await controller.session("d0")
+    root = session.snapshots[0].worker.identity.digest
+    session.send(commands.generate(work(1, root, 0)))
+    await session.until_finished(1)
+    await session.until(lambda: keys_of(root, 0) <= held(session, "disk"))
+    worker.process.kill()
+    await worker.exit_code()
+    controller.workers.clear()
+    await start_worker("d0", "decode", *sets, engine_module=NATIVE)
+    again = await controller.session("d0")
+    await again.until(lambda: keys_of(root, 0) <= held(again, "disk"))
+    assert not held(again, "device")
+    again.send(commands.generate(work(2, root, 0)))
+    await again.until_finished(2)
+    assert again.of("started")[-1].started.cached_tokens == 16 * FULL_PAGES
+    assert again.tokens(2) == session.tokens(1)
+
+
+async def test_a_damaged_page_on_disk_is_computed_again_and_the_answer_is_the_same(
+    controller: ControllerTwin, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    sets = (*SETS, "store.disk_bytes=200000000", f"state_dir={tmp_path / 'state'}")
+    worker = await start_worker("d0", "decode", *sets, engine_module=NATIVE)
+    session = await controller.session("d0")
+    root = session.snapshots[0].worker.identity.digest
+    session.send(commands.generate(work(1, root, 0)))
+    await session.until_finished(1)
+    await session.until(lambda: keys_of(root, 0) <= held(session, "disk"))
+    worker.process.kill()
+    await worker.exit_code()
+    damage_segments(tmp_path / "state")
+    controller.workers.clear()
+    await start_worker("d0", "decode", *sets, engine_module=NATIVE)
+    again = await controller.session("d0")
+    again.send(commands.generate(work(2, root, 0)))
+    await again.until_finished(2)
+    assert again.of("started")[-1].started.cached_tokens < 16 * FULL_PAGES
+    assert again.tokens(2) == session.tokens(1)
+
+
+def damage_segments(state: Path) -> None:
+    """Flips a bit in every 8 KiB of every large file."""
+    segments = [path for path in state.rglob("*") if path.is_file() and path.stat().st_size > 2**20]
+    assert segments
+    for path in segments:
+        data = bytearray(path.read_bytes())
+        data[4096 + 2000 :: 8192] = bytes(byte ^ 4 for byte in data[4096 + 2000 :: 8192])
+        path.write_bytes(data)
