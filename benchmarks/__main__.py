@@ -6,13 +6,15 @@ Loopback only, bounded in time. Exit code 4 if one of them failed.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 
 BENCHMARKS = ("engine", "shared_prefix", "mixed_load", "transfer", "handoff", "controller")
 WITH_PEERS = ("peers", "transfer")  # compare with software that is not ours; "peers" runs only when asked for
-KNOWN = tuple(dict.fromkeys((*BENCHMARKS, *WITH_PEERS)))
+NEEDS = {"cache_replay": "PDSERVE_TRACES"}  # environment variables that name data; left out where they are not set
+KNOWN = tuple(dict.fromkeys((*BENCHMARKS, *WITH_PEERS, *NEEDS)))
 LIMIT_S = {"quick": 240.0, "full": 1200.0}
 PEERS_LIMIT_S = 5400.0  # three engines, two dtypes, prompts of 8,192 tokens, and vLLM compiles
 FAILED = 4
@@ -44,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(given.names) - set(KNOWN)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(KNOWN)}")
-    names = given.names or (WITH_PEERS if given.peers else BENCHMARKS)
+    supplied = tuple(name for name, variable in NEEDS.items() if os.environ.get(variable))
+    names = given.names or (WITH_PEERS if given.peers else BENCHMARKS + supplied)
     mode = "full" if given.full or given.peers else "quick"
     failed = [name for name in names if not run(name, mode)]
     if failed:

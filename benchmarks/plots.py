@@ -10,10 +10,13 @@ import matplotlib
 matplotlib.use("svg")
 
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 from benchmarks.report import RESULTS, Result, read_result
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+_REPLAY = re.compile(r"(.+): (\d+) blocks, (.+), (hits|compute saved)")
+_BELADY = "Belady (knows the future)"
 _ATTENTION = re.compile(r"attention, prefix (\d+), batch (\d+)")
 
 
@@ -40,9 +43,49 @@ def shared_prefix(shown: Result, target: Path) -> None:
     pyplot.close(figure)
 
 
+def cache_replay(shown: Result, target: Path) -> None:
+    """Hits and compute saved over the capacity, one line per policy, one row per trace."""
+    hits: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    saved: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    limits = {item.name: item.figure.median for item in shown.measurements}
+    for item in shown.measurements:
+        found = _REPLAY.fullmatch(item.name)
+        if found is None or item.peer is None:
+            continue
+        trace, capacity, policy = found[1], int(found[2]), found[3]
+        kept, value = (hits, item.figure.median) if found[4] == "hits" else (saved, item.figure.median / 3600)
+        kept.setdefault(trace, {}).setdefault(policy, []).append((capacity, value))
+        if item.peer.name == "Belady":
+            kept[trace].setdefault(_BELADY, []).append((capacity, item.peer.figure.median))
+    figure, rows = pyplot.subplots(len(hits), 2, figsize=(10, 4.2 * len(hits)), squeeze=False)
+    for trace, (left, right) in zip(hits, rows, strict=True):
+        _lines(left, hits[trace], limits[f"{trace}: no limit, hits"])
+        left.set_ylabel("hits, % of blocks")
+        left.set_title(f"Mooncake {trace}: blocks found")
+        _lines(right, saved[trace], limits[f"{trace}: no limit, compute saved"] / 3600)
+        right.set_ylabel("prefill saved, hours")
+        right.set_title(f"Mooncake {trace}: compute saved")
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _lines(axes: Axes, lines: dict[str, list[tuple[int, float]]], limit: float) -> None:
+    for name, points in sorted(lines.items(), key=lambda line: line[0] == _BELADY):  # a policy has one colour in both
+        capacities, values = zip(*sorted(set(points)), strict=True)
+        axes.plot(capacities, values, marker="o", label=name, linestyle="--" if name == _BELADY else "-")
+    axes.axhline(limit, color="grey", linewidth=0.8, label="no limit")
+    axes.set_xscale("log")
+    axes.set_xticks([1_000, 5_000, 10_000, 30_000], labels=["1k", "5k", "10k", "30k"])
+    axes.set_xlabel("capacity, blocks of 512 tokens")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+
+
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "pdserve"  # the same file from the same numbers
     shared_prefix(read_result(RESULTS / "shared_prefix-full.json"), DOCS / "shared_prefix.svg")
+    cache_replay(read_result(RESULTS / "cache_replay-full.json"), DOCS / "cache_replay.svg")
 
 
 if __name__ == "__main__":
