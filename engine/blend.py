@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -85,11 +86,16 @@ class BlendRun:
         rows = self._layout.chunk_rows
         self._chunk_rotary = self._rotary.index_select(0, rows.to(decoder.device))
         self._chunk_access = self._access(rows) if len(rows) else None
+        ends = list(accumulate(span.tokens for span in spans))
+        self._parts = [slice(end - span.tokens, end) for span, end in zip(spans, ends, strict=True)]
         self._layer = 0
         self._computed: list[torch.Tensor] = []
         first = self._selection.first
         token_ids = torch.tensor(prompt.token_ids)[past:].index_select(0, first).to(decoder.device)
         self._flow = self._flow_of(first, decoder.embed(token_ids))
+        # Of the chunks' tokens in one layer after the other: fresh pages for each would cost more than the copies into them.
+        shape = (len(rows), decoder.spec.kv_heads, decoder.spec.head_dim)
+        self._taken = (self._flow.hidden.new_empty(shape), self._flow.hidden.new_empty(shape))
 
     @torch.inference_mode()
     def advance(self, layer_written: Callable[[int], None] = lambda layer: None) -> None:
@@ -128,13 +134,11 @@ class BlendRun:
 
     def _load(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Key before rotation and value of all chunk tokens in this layer, in the compute dtype; None without chunks."""
-        layers = [chunk.source.layer(self._layer) for chunk in self._prompt.chunks]
-        if not layers:
+        if not self._prompt.chunks:
             return None
-        like = self._flow.hidden
-        keys, values = (
-            torch.cat([part.to(like.device, like.dtype) for part in parts]) for parts in zip(*layers, strict=True)
-        )
+        keys, values = self._taken
+        for chunk, part in zip(self._prompt.chunks, self._parts, strict=True):
+            keys[part], values[part] = chunk.source.layer(self._layer)
         return keys, values
 
     def _place(self, key: torch.Tensor, value: torch.Tensor) -> None:
