@@ -141,5 +141,6 @@ def _group(rows: list[int], parts: Sequence[Part], pages: int, pool: PagedPool) 
         ids = block_ids(part)[:pages]
         line[: len(ids)] = ids
         line[len(ids) :] = ids[0]  # masked, but never another prompt's
-    lengths = torch.tensor([part.sequence.computed + 1 for part in parts], device=pool.device)
-    return RowGroup(torch.tensor(rows, device=pool.device), torch.from_numpy(blocks).to(pool.device), lengths)
+    lengths = np.array([part.sequence.computed + 1 for part in parts])
+    columns = (np.array(rows), blocks, lengths)
+    return RowGroup(*(torch.from_numpy(each).to(pool.device) for each in columns))
