@@ -32,7 +32,7 @@ def open_store(
 ) -> TieredStore:
     """Reads what the disk holds from earlier runs. Raises ConfigInvalid where a tier cannot be opened with these settings."""
     policy = policy_of(config.eviction)
-    index = TierIndex(config.host_bytes, policy(), config.ttl_s, config.tenant_bytes)
+    index = TierIndex(config.host_bytes, policy(), config.ttl_s, config.tenant_bytes, policy)
     host = HostTier(page_format, index, listener_of("host"))
     lower: list[PageTier] = []
     if config.disk_bytes:

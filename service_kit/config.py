@@ -107,7 +107,7 @@ class StoreConfig(Section):
         description="Redis tier shared by all workers: redis://HOST:PORT/DB or rediss://...; empty = none. "
         "A password belongs in PDSERVE_REDIS_PASSWORD.",
     )
-    eviction: Literal["lru", "s3_fifo", "gdsf"] = Field(
+    eviction: Literal["lru", "s3-fifo", "gdsf"] = Field(
         default="lru", description="Which pages leave the host and the disk tier first."
     )
     ttl_s: float = Field(default=86_400.0, gt=0, description="How long a page is kept at most.")
