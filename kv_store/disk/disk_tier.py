@@ -73,10 +73,10 @@ class DiskTier:
         good = 0
         pinned = [] if self._loads.off(now_s) else self._shelf.pin(ids, now_s)
         try:
-            for each, target in zip(pinned, into, strict=False):
-                if not self._is_read(each, target):
+            for run in self._volume.runs(pinned) if self._volume is not None else ():
+                good += self._read_run(pinned[run], into[run])
+                if good < run.stop:
                     break
-                good += 1
         finally:
             self._shelf.unpin(pinned)
             self._count_read(good, len(ids) - good, time.perf_counter() - started_s)
@@ -149,21 +149,20 @@ class DiskTier:
                 _log.info("disk_tier_open", pages=len(self._shelf.entries()), used_bytes=self._shelf.used_bytes())
             return self._volume
 
-    def _is_read(self, pinned: Pinned, into: PageBytes) -> bool:
+    def _read_run(self, run: Sequence[Pinned], into: Sequence[PageBytes]) -> int:
         volume = self._volume
         assert volume is not None
         try:
             with self._guarded(self._loads):
-                failure = volume.load(pinned, into)
+                good, failure = volume.load(run, into)
         except TierFailed:
-            self._shelf.drop_bad(pinned)
+            self._shelf.drop_bad(run[0])
             raise
-        if failure is None:
-            return True
-        self._shelf.drop_bad(pinned)
-        self.counters.verify_failures[failure] += 1
-        _log.warning("disk_page_bad", failure=failure, key=pinned.entry.key.hex())
-        return False
+        if failure is not None:
+            self._shelf.drop_bad(run[good])
+            self.counters.verify_failures[failure] += 1
+            _log.warning("disk_page_bad", failure=failure, key=run[good].entry.key.hex())
+        return good
 
     def _count_read(self, good: int, missed: int, seconds: float) -> None:
         self.counters.hits += good

@@ -13,6 +13,8 @@ TENANT_BYTES_MOST = 64
 _HEADER_FIXED_BYTES = 192  # room for the fixed fields of a record's header and its checksum
 _SPARE_SHARE = 16  # one segment of so many is kept free beyond the one that compaction needs
 _SEGMENTS_MOST = 512  # each is an open file
+_RUN_BYTES = 4 * 2**20
+_RUN_RECORDS_MOST = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,8 @@ class DiskLimits:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A segment is one block of its own and `slots` records; a place is segment * slots + slot."""
+    """A segment is one block of its own and `slots` records; a place is segment * slots + slot. A record is a payload, padding to
+    whole blocks, and a header behind it: so one write of many records puts each payload before its header."""
 
     header_bytes: int
     payload_bytes: int
@@ -51,6 +54,16 @@ class Layout:
     def logs_bytes(self) -> int:
         """What is not for segments."""
         return self.total_bytes - self.segments * self.segment_bytes
+
+    @property
+    def padded_bytes(self) -> int:
+        """Of a payload, up to its header."""
+        return self.record_bytes - self.header_bytes
+
+    @property
+    def run(self) -> int:
+        """Adjacent records that go to the disk and come from it in one call, at most."""
+        return max(1, min(_RUN_RECORDS_MOST, _RUN_BYTES // self.record_bytes))
 
     def segment_of(self, place: int) -> int:
         return place // self.slots

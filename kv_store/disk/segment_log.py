@@ -1,7 +1,8 @@
 """Owns the segment files: their headers, and records in and out of them, verified.
 
-A record is written payload first, then header; what makes it count is `sync` and, after that, the index. A segment's header says
-from which sequence on its records count: whatever an earlier use of the file left behind is older.
+A record is written payload first, then header; what makes it count is `sync` and, after that, the index. Adjacent records go in one
+call, in that order still, since a header lies behind its payload. A segment's header says from which sequence on its records count:
+whatever an earlier use of the file left behind is older.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ class SegmentLog:
         self._format_digest = format_digest
         self._files: dict[int, File] = {}
         self._unsynced: set[int] = set()
-        self._readers = Buffers(_READ_BUFFERS, layout.record_bytes)
-        self._writers = Buffers(1, layout.record_bytes)
+        self._readers = Buffers(_READ_BUFFERS, layout.record_bytes + (layout.run - 1) * layout.header_bytes)
+        self._staging = Buffers(1, layout.record_bytes)
+        self._headers = Buffers(1, layout.run * layout.header_bytes)
+        self._padding = memoryview(bytes(layout.padded_bytes - layout.payload_bytes))
+        self._run: list[tuple[int, Record, list[memoryview]]] = []  # adjacent records that are not written yet
 
     @property
     def folder(self) -> str:
@@ -53,7 +57,7 @@ class SegmentLog:
         file.resize(self._layout.segment_bytes)
         fields = (_MAGIC, _VERSION, self._format_digest, number, self._layout.segment_bytes, first_sequence)
         block = _SEGMENT.pack(*fields).ljust(BLOCK_BYTES - _CHECKSUM_BYTES, b"\0")
-        with self._writers.taken() as buffer:
+        with self._staging.taken() as buffer:
             buffer[:BLOCK_BYTES] = block + xxhash.xxh3_64_digest(block)
             file.write([buffer[:BLOCK_BYTES]], 0)
         file.sync()
@@ -85,47 +89,62 @@ class SegmentLog:
     # ---- records
 
     def write(self, place: int, page: Page, content: PageBytes, stored_s: float, sequence: int) -> None:
-        """Not on disk before `sync`."""
+        """Not on disk before `sync`, until when `content` must stay as it is."""
         rows = _rows(content)
-        with self._writers.taken() as buffer:
-            parts = rows if self._aligned(content) else [self._staged(buffer, rows)]
-            hashed = payload_hash(rows)
-            record = Record(page, self._format_digest, self._layout.payload_bytes, hashed, stored_s, sequence)
-            self._put(place, record, parts, buffer[: self._layout.header_bytes])
+        record = Record(page, self._format_digest, self._layout.payload_bytes, payload_hash(rows), stored_s, sequence)
+        if not self._aligned(content):
+            self._write_run()
+            with self._staging.taken() as buffer:
+                self._run = [(place, record, [self._staged(buffer, rows)])]
+                self._write_run()
+            return
+        if self._run and not self._continues(place):
+            self._write_run()
+        self._run.append((place, record, [*rows, self._padding]))
 
-    def read(self, place: int, page_id: PageId, into: PageBytes) -> VerifyFailure | None:
-        """Fills `into` and says why it may not be used; None where it is the page that was stored."""
-        rows = _rows(into)
-        in_place = self._aligned(into)
+    def discard(self) -> None:
+        """What was not written yet never will be."""
+        self._run = []
+
+    def read(
+        self, places: Sequence[int], ids: Sequence[PageId], into: Sequence[PageBytes]
+    ) -> tuple[int, VerifyFailure | None]:
+        """Fills `into` with the records at adjacent places, `Layout.run` of them at most. How many, from the first on, are the
+        pages that were stored, and why the next one is not."""
+        size_bytes, header_bytes = self._layout.padded_bytes, self._layout.header_bytes
+        in_place = all(map(self._aligned, into))
+        if not in_place and len(places) > 1:
+            return self._read_singly(places, ids, into)
         with self._readers.taken() as buffer:
-            header = buffer[: self._layout.header_bytes]
-            payload = rows if in_place else [buffer[self._layout.header_bytes :]]
-            count = self._file_of(place).read([header, *payload], self._offset(place))
-            if count < self._layout.header_bytes + self._layout.payload_bytes:
-                return "length"
-            record = unpack_header(header)
-            failure = header_failure(record, page_id, self._format_digest, self._layout.payload_bytes)
-            if record is None or failure is not None:
-                return failure
-            parts = rows if in_place else [payload[0][: self._layout.payload_bytes]]
-            if payload_hash(parts) != record.payload_hash:
-                return "checksum"
+            headers = [buffer[at * header_bytes :][:header_bytes] for at in range(len(places))]
+            payloads = [_rows(each) for each in into]
             if not in_place:
-                _scatter(parts[0], rows)
-        return None
+                payloads = [[buffer[header_bytes:][:size_bytes]]]
+            parts = self._interleaved(payloads, headers) if in_place else [payloads[0][0], headers[0]]
+            count = self._file_of(places[0]).read(parts, self._offset(places[0]))
+            for at, page_id in enumerate(ids):
+                if count < (at + 1) * self._layout.record_bytes:
+                    return at, "length"
+                payload = payloads[at] if in_place else [payloads[0][0][: self._layout.payload_bytes]]
+                failure = self._failure(headers[at], page_id, payload)
+                if failure is not None:
+                    return at, failure
+                if not in_place:
+                    _scatter(payload[0], _rows(into[at]))
+        return len(places), None
 
     def copy(self, place: int, to: int, page_id: PageId, sequence: int) -> VerifyFailure | None:
         """Writes the record at `place` once more, at `to`; why it was not copied. Not on disk before `sync`."""
-        header_bytes = self._layout.header_bytes
-        with self._writers.taken() as buffer:
+        self._write_run()
+        with self._staging.taken() as buffer:
             record = self._whole(place, buffer)
-            failure = header_failure(record, page_id, self._format_digest, self._layout.payload_bytes)
+            payload = buffer[: self._layout.payload_bytes]
+            failure = self._failure(buffer[self._layout.padded_bytes :], page_id, [payload])
             if record is None or failure is not None:
-                return failure
-            if payload_hash([self._payload(buffer)]) != record.payload_hash:
-                return "checksum"
+                return failure or "header"
             fields = (record.page, record.format_digest, record.payload_bytes, record.payload_hash, record.stored_s)
-            self._put(to, Record(*fields, sequence), [buffer[header_bytes:]], buffer[:header_bytes])
+            self._run = [(to, Record(*fields, sequence), [buffer[: self._layout.padded_bytes]])]
+            self._write_run()
         return None
 
     def find(self, place: int, first_sequence: int) -> Record | None:
@@ -134,14 +153,13 @@ class SegmentLog:
             record = self._whole(place, buffer)
             if record is None or record.sequence < first_sequence:
                 return None
-            page_id = record.page.id
-            if header_failure(record, page_id, self._format_digest, self._layout.payload_bytes) is not None:
-                return None
-            return record if payload_hash([self._payload(buffer)]) == record.payload_hash else None
+            header, payload = buffer[self._layout.padded_bytes :], buffer[: self._layout.payload_bytes]
+            return record if self._failure(header, record.page.id, [payload]) is None else None
 
     def sync(self) -> None:
         """What was written since the last call is on disk. After a failure nothing of it counts: it is not tried again, since
         the kernel may have dropped what it could not write."""
+        self._write_run()
         numbers, self._unsynced = self._unsynced, set()
         for number in sorted(numbers):
             self._files[number].sync()
@@ -153,36 +171,62 @@ class SegmentLog:
 
     # ---- parts
 
-    def _put(self, place: int, record: Record, payload: Sequence[memoryview], header: memoryview) -> None:
-        file, offset = self._file_of(place), self._offset(place)
-        self._unsynced.add(self._layout.segment_of(place))
-        file.write(payload, offset + self._layout.header_bytes)
-        header[:] = pack_header(record, self._layout.header_bytes)
-        file.write([header], offset)
+    def _continues(self, place: int) -> bool:
+        last = self._run[-1][0]
+        adjacent = place == last + 1 and self._layout.segment_of(place) == self._layout.segment_of(last)
+        return adjacent and len(self._run) < self._layout.run
+
+    def _write_run(self) -> None:
+        run, self._run = self._run, []
+        if not run:
+            return
+        first, header_bytes = run[0][0], self._layout.header_bytes
+        self._unsynced.add(self._layout.segment_of(first))
+        with self._headers.taken() as buffer:
+            headers = [buffer[at * header_bytes :][:header_bytes] for at in range(len(run))]
+            for header, (_, record, _) in zip(headers, run, strict=True):
+                header[:] = pack_header(record, header_bytes)
+            parts = [part for header, (_, _, payload) in zip(headers, run, strict=True) for part in (*payload, header)]
+            self._file_of(first).write(parts, self._offset(first))
+
+    def _read_singly(
+        self, places: Sequence[int], ids: Sequence[PageId], into: Sequence[PageBytes]
+    ) -> tuple[int, VerifyFailure | None]:
+        for at in range(len(places)):
+            _, failure = self.read(places[at : at + 1], ids[at : at + 1], into[at : at + 1])
+            if failure is not None:
+                return at, failure
+        return len(places), None
+
+    def _interleaved(self, payloads: Sequence[Sequence[memoryview]], headers: Sequence[memoryview]) -> list[memoryview]:
+        """Where the bytes of adjacent records go. Padding is read into nowhere."""
+        nowhere = memoryview(bytearray(len(self._padding)))
+        return [part for payload, header in zip(payloads, headers, strict=True) for part in (*payload, nowhere, header)]
+
+    def _failure(self, header: memoryview, page_id: PageId, payload: Sequence[memoryview]) -> VerifyFailure | None:
+        record = unpack_header(header[: self._layout.header_bytes])
+        failure = header_failure(record, page_id, self._format_digest, self._layout.payload_bytes)
+        if record is None or failure is not None:
+            return failure
+        return None if payload_hash(payload) == record.payload_hash else "checksum"
 
     def _whole(self, place: int, buffer: memoryview) -> Record | None:
-        """Header and payload of `place` in `buffer`; the payload only where there is a header, None without one."""
-        header_bytes = self._layout.header_bytes
-        file, offset = self._file_of(place), self._offset(place)
-        if file.read([buffer[:header_bytes]], offset) < header_bytes:
+        """The record of `place` in `buffer`, all of it where there is a header; None without one."""
+        start, file, offset = self._layout.padded_bytes, self._file_of(place), self._offset(place)
+        header = buffer[start : self._layout.record_bytes]
+        if file.read([header], offset + start) < len(header):
             return None
-        record = unpack_header(buffer[:header_bytes])
-        if record is None:
-            return None
-        count = file.read([buffer[header_bytes:]], offset + header_bytes)
-        return record if count >= self._layout.payload_bytes else None
-
-    def _payload(self, buffer: memoryview) -> memoryview:
-        return buffer[self._layout.header_bytes :][: self._layout.payload_bytes]
+        record = unpack_header(header)
+        return record if record is not None and file.read([buffer[:start]], offset) == start else None
 
     def _staged(self, buffer: memoryview, rows: Sequence[memoryview]) -> memoryview:
-        """A copy of `rows` in the payload's part of `buffer`, its padding included."""
-        start = end = self._layout.header_bytes
+        """A copy of `rows` in `buffer`, padded."""
+        end = 0
         for row in rows:
             buffer[end : end + len(row)] = row
             end += len(row)
-        buffer[end:] = bytes(len(buffer) - end)
-        return buffer[start:]
+        buffer[end : self._layout.padded_bytes] = self._padding
+        return buffer[: self._layout.padded_bytes]
 
     def _aligned(self, content: PageBytes) -> bool:
         """Whether its rows can go to the disk and come from it as they lie in memory."""

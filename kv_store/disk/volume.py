@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kv_store.disk.device import Disk
 from kv_store.disk.index_log import IndexLog, pack_lines
@@ -58,8 +58,32 @@ class Volume:
         with self._index_log_lock:
             self._tell_log()
 
-    def load(self, pinned: Pinned, into: PageBytes) -> VerifyFailure | None:
-        return self._log.read(pinned.place, pinned.entry.page.id, into)
+    def load(self, pinned: Sequence[Pinned], into: Sequence[PageBytes]) -> tuple[int, VerifyFailure | None]:
+        """Pages of one run. How many, from the first on, are in `into` now, verified; and why the next one is not. Raises OSError
+        where the first one cannot be read: one bad sector does not cost the pages before it."""
+        try:
+            return self._read(pinned, into)
+        except OSError:
+            if len(pinned) == 1:
+                raise
+        for at in range(len(pinned)):
+            try:
+                _, failure = self._read(pinned[at : at + 1], into[at : at + 1])
+            except OSError:
+                if not at:
+                    raise
+                return at, None
+            if failure is not None:
+                return at, failure
+        return len(pinned), None
+
+    def runs(self, pinned: Sequence[Pinned]) -> Iterator[slice]:
+        """Cuts `pinned` into stretches that lie side by side on the disk."""
+        start = 0
+        for end in range(1, len(pinned) + 1):
+            if end == len(pinned) or end - start == self._layout.run or not self._adjacent(*pinned[end - 1 : end + 1]):
+                yield slice(start, end)
+                start = end
 
     def settle(self) -> None:
         """What changed so far is known after any crash: what was removed stays so. Waits for a store under way: it may be copying
@@ -88,6 +112,13 @@ class Volume:
         self._index_log.close()
         self._log.close()
         self._disk.close()
+
+    def _read(self, pinned: Sequence[Pinned], into: Sequence[PageBytes]) -> tuple[int, VerifyFailure | None]:
+        return self._log.read([each.place for each in pinned], [each.entry.page.id for each in pinned], into)
+
+    def _adjacent(self, first: Pinned, second: Pinned) -> bool:
+        same_segment = self._layout.segment_of(first.place) == self._layout.segment_of(second.place)
+        return second.place == first.place + 1 and same_segment
 
     def _tell_log(self) -> None:
         """Writes down what changed. An index log that may lack something is replaced by a new one."""

@@ -41,6 +41,7 @@ class Writer:
                     self._log.write(place, page, content, now_s, resident.sequence)
             self._log.sync()
         except BaseException:
+            self._log.discard()
             self._shelf.abort(batch)
             raise
         self._shelf.commit(batch)

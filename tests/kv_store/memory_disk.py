@@ -3,6 +3,7 @@ not synced, and fails with the errors it is told."""
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Sequence
@@ -26,11 +27,13 @@ class Crash(BaseException):
 
 @dataclass(slots=True)
 class Content:
-    """now: what reads see. durable: what was synced. unsynced: since then, in order; a resize has no bytes."""
+    """now: what reads see. durable: what was synced. unsynced: since then, in order; a resize has no bytes. bad: blocks of 4096
+    that cannot be read."""
 
     now: bytearray = field(default_factory=bytearray)
     durable: bytearray = field(default_factory=bytearray)
     unsynced: list[tuple[int, bytes | None]] = field(default_factory=list)
+    bad: set[int] = field(default_factory=set)
 
 
 class MemoryDisk:
@@ -109,7 +112,9 @@ class MemoryFile:
     def read(self, into: Sequence[memoryview], offset: int) -> int:
         self._disk.enter("read")
         self._check_alignment(into, offset)
-        start = offset
+        start, end = offset, offset + sum(map(len, into))
+        if self._content.bad.intersection(range(start // 4096, -(-end // 4096))):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         for part in into:
             found = self._content.now[offset : offset + len(part)]
             part[: len(found)] = found

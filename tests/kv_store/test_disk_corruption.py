@@ -85,7 +85,7 @@ def flip(disk: MemoryDisk, name: str, offset: int) -> None:
 def test_a_flipped_byte_in_a_header_is_found_by_the_next_read(offset: int) -> None:
     disk = MemoryDisk()
     tier = filled(disk)
-    flip(disk, segment(1), record_offset(5) + offset)
+    flip(disk, segment(1), record_offset(5) + LAYOUT.padded_bytes + offset)
     assert readable(tier) == set(range(PAGES)) - {5}
     assert tier.counters.verify_failures == {"header": 1}
 
@@ -95,7 +95,7 @@ def test_a_flipped_byte_anywhere_in_a_record_makes_no_wrong_byte() -> None:
         disk = MemoryDisk()
         tier = filled(disk)
         flip(disk, segment(1), record_offset(5) + offset)
-        in_padding = offset >= LAYOUT.header_bytes + SMALL.size_bytes
+        in_padding = SMALL.size_bytes <= offset < LAYOUT.padded_bytes
         assert readable(tier) == set(range(PAGES)) - (set() if in_padding else {5})
         assert tier.counters.verify_failures.total() == (0 if in_padding else 1)
 
@@ -108,7 +108,7 @@ def test_a_flipped_byte_between_two_runs_is_found_too() -> None:
             if name == INDEX:
                 disk.remove(INDEX)
             flip(disk, segment(1), record_offset(5) + offset)
-            in_padding = offset >= LAYOUT.header_bytes + SMALL.size_bytes
+            in_padding = SMALL.size_bytes <= offset < LAYOUT.padded_bytes
             assert readable(opened(disk)) == set(range(PAGES)) - (set() if in_padding else {5})
 
 
@@ -220,7 +220,8 @@ def foreign(**changes: object) -> bytes:
     record = Record(
         page_of(5), SMALL.digest(), SMALL.size_bytes, payload_hash([content.reshape(-1).data]), 1000.0, 10**6
     )
-    return pack_header(replace(record, **changes), LAYOUT.header_bytes) + content.tobytes()  # type: ignore[arg-type]
+    header = pack_header(replace(record, **changes), LAYOUT.header_bytes)  # type: ignore[arg-type]
+    return content.tobytes().ljust(LAYOUT.padded_bytes, b"\0") + header
 
 
 WRONG: dict[str, tuple[Callable[[], bytes], VerifyFailure]] = {
@@ -242,7 +243,7 @@ def test_a_record_that_is_whole_but_another_is_refused(name: str) -> None:
     disk = MemoryDisk()
     tier = filled(disk)
     start = record_offset(5)
-    disk.files[segment(1)].now[start : start + LAYOUT.header_bytes + SMALL.size_bytes] = make()
+    disk.files[segment(1)].now[start : start + LAYOUT.record_bytes] = make()
     assert readable(tier) == set(range(PAGES)) - {5}
     assert tier.counters.verify_failures == {failure: 1}
 
@@ -263,7 +264,7 @@ def test_two_swapped_records_are_both_refused() -> None:
 def test_the_place_of_a_bad_page_stays_out_of_use_until_its_segment_is_begun_again() -> None:
     disk = MemoryDisk()
     tier = filled(disk)
-    flip(disk, segment(2), record_offset(8) + 5000)
+    flip(disk, segment(2), record_offset(8) + 500)
     before = bytes(disk.files[segment(2)].now[record_offset(8) : record_offset(9)])
     assert 8 not in readable(tier)
     tier.write([page_of(8), page_of(20)], [bytes_of(8), bytes_of(20)])
@@ -279,7 +280,7 @@ def readable_after(disk: MemoryDisk) -> set[int]:
 def test_compaction_copies_no_bad_page() -> None:
     disk = MemoryDisk()
     tier = filled(disk)
-    flip(disk, segment(0), record_offset(1) + 5000)
+    flip(disk, segment(0), record_offset(1) + 500)
     for number in range(20, 200):
         tier.write([page_of(number)], [bytes_of(number)])
         tier.read([page_of(2).id, page_of(0).id], [SMALL.empty(), SMALL.empty()])

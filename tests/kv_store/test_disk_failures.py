@@ -115,6 +115,20 @@ def test_a_page_that_cannot_be_read_is_dropped_and_the_others_return_after_the_p
     assert bench.write(4) == 1
 
 
+def test_a_bad_sector_costs_its_page_and_none_beside_it() -> None:
+    bench = Bench(MemoryDisk())
+    bench.write(0, 1, 2, 3)
+    folder = SMALL.digest().hex()
+    bench.disk.files[f"{folder}/segment-0000"].bad.add((4096 + 2 * 8192) // 4096)  # page 2
+    assert bench.read(0, 1, 2, 3) == 2
+    with pytest.raises(TierFailed):
+        bench.read(2)
+    bench.now_s += 1.0
+    assert bench.read(0, 1, 2, 3) == 2
+    assert bench.read(3) == 1
+    assert bench.tier.counters.failures == 1
+
+
 def test_pages_of_a_failed_sync_are_not_there_and_never_come_back_wrong() -> None:
     bench = Bench(MemoryDisk())
     bench.write(0)
