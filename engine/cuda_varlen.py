@@ -183,7 +183,7 @@ class TorchVarlen:
 
 
 def forms_of(accepted: frozenset[str]) -> list[Form]:
-    """By the keyword arguments of varlen_attn: torch 2.10 has too few, 2.12 and later all, 2.11 presumably those of the packed form."""
+    """By the keyword arguments of varlen_attn: torch 2.10 has too few, 2.11 presumably those of the packed form, 2.12 all."""
     forms: list[Form] = []
     if {"return_aux", "window_size"} <= accepted:
         if {"seqused_k", "block_table", "enable_gqa"} <= accepted:
