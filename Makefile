@@ -78,11 +78,11 @@ plots: setup-dev  ## draw docs/*.svg from benchmarks/results/
 	@$(PIP_INSTALL) -r requirements/plots.txt
 	$(BIN)/python -m benchmarks.plots
 
-# That machine needs torch, numpy and safetensors. Three small packages are put under build/ where its python lacks them; where
+# That machine needs torch, numpy and safetensors. Four small packages are put under build/ where its python lacks them; where
 # no package index can be reached from it, bring build/gpu-packages along, made with a python of the same version.
 gpu:  ## correctness and benchmarks on CUDA, with the python and torch of that machine
-	@PYTHONPATH=build/gpu-packages $(PYTHON) -c 'import msgspec, pydantic, xxhash' 2>/dev/null || \
-		$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt --target build/gpu-packages msgspec pydantic xxhash
+	@PYTHONPATH=build/gpu-packages $(PYTHON) -c 'import grpc, msgspec, pydantic, xxhash' 2>/dev/null || \
+		$(PYTHON) -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt --target build/gpu-packages grpcio msgspec pydantic xxhash
 	PYTHONPATH=build/gpu-packages $(PYTHON) -m benchmarks.cuda
 
 protos: setup-dev  ## write the Python stubs of protos/

@@ -1,6 +1,6 @@
 """The native engine on CUDA: correct against a float64 reference, then how fast. `make gpu`, or `python -m benchmarks.cuda`.
 
-Needs torch, numpy, safetensors, msgspec, xxhash and pydantic, nothing else. Exit codes: 0 all well, 3 there is no CUDA device,
+Needs torch, numpy, safetensors, msgspec, xxhash, pydantic and grpcio. Exit codes: 0 all well, 3 there is no CUDA device,
 4 a check failed. `--device cpu` rehearses the checks without a GPU: it shows that they run, not that CUDA is right, and writes
 no result.
 """
