@@ -16,9 +16,9 @@ from engine.cuda_varlen import Geometry, device_attention
 from engine.dispatch_desk import DispatchDesk
 from engine.forward import ForwardPass
 from engine.kernel_attention import KernelAttention
+from engine.kv_exchange import KvExchange
 from engine.kv_memory import KvMemory, copy_blocks
 from engine.loaded_model import LoadedModel, load_model
-from engine.page_loads import PageLoads
 from engine.paged_attention import PagedAttention
 from engine.pool import BlockPool
 from engine.pool_size import resident_bytes
@@ -29,7 +29,6 @@ from engine.protocol import (
     Command,
     EngineReady,
     EventSink,
-    KvOffered,
     KvReady,
     Load,
     LoadPages,
@@ -83,7 +82,7 @@ class NativeEngine:
         doorkeeper = Doorkeeper(model.max_context_tokens, layout.page_tokens, layout.blocks, model.spec.vocab)
         seed = fingerprint_seed(model.identity)
         self._desk = DispatchDesk(self._tables, self._schedule, doorkeeper, sink, time.monotonic, seed)
-        self._loads = PageLoads(self._tables, seed)
+        self._exchange = KvExchange(self._tables, memory, model.spec.layers, seed, sink)
         graphs = cuda_graphs(model.decoder) if engine.cuda_graphs else None
         self._forward = ForwardPass(model.decoder, _attention(model, memory, engine), graphs)
         self._sampler = Sampler(model.spec.vocab, model.spec.eos_token_ids, model.device)
@@ -135,19 +134,13 @@ class NativeEngine:
                 self._schedule.policy = command
             case ClearPrefixCache():
                 self._tables.clear_cached()
-            case OfferPages():
-                self._tables.offers.limit = command.limit_blocks
-            case PagesSaved():
-                self._tables.saved(command.blocks)
-            case LoadPages():
-                self._open_load(command)
-            case PagesLoaded():
-                self._loads.end(command, self._memory.absorb)
+            case OfferPages() | PagesSaved() | LoadPages() | PagesLoaded():
+                self._exchange.handle(command, self._schedule.policy.decode_headroom_blocks)
             case Stop():
                 pass
             case _:
                 assert_never(command)
-        self._tell_news()
+        self._exchange.tell()
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -160,7 +153,7 @@ class NativeEngine:
             self._compute(plan)
         else:
             self._memory.settle()  # nothing is left to copy beside
-        self._tell_news()
+        self._exchange.tell()
         self._sink.flush()
         return not plan.empty
 
@@ -187,7 +180,7 @@ class NativeEngine:
         """Leaked blocks. The audit walks all tables, so it is not made for every answer to a reservation."""
         now_s = time.monotonic()
         if now_s >= self._audit_due_s:
-            self._leaked = self._tables.leaked([*self._desk.held_tables(), *self._loads.tables()])
+            self._leaked = self._tables.leaked([*self._desk.held_tables(), *self._exchange.held_tables()])
             self._audit_due_s = now_s + _AUDIT_INTERVAL_S
         return self._leaked
 
@@ -324,30 +317,6 @@ class NativeEngine:
             sequence.tokens.append(going_on[sequence.choices[0]])
         else:
             self._desk.end_choices(sequence.state, sequence.choices)
-
-    def _open_load(self, command: LoadPages) -> None:
-        opened = self._loads.open(command, self._schedule.policy.decode_headroom_blocks)
-        if opened is not None:
-            self._sink.emit(opened)
-            self._sink.flush()
-
-    def _tell_news(self) -> None:
-        for news in self._tables.take_news():
-            self._sink.emit(news)
-        offered, skipped = self._tables.offers.take()
-        if offered or skipped:
-            self._offer(KvOffered(offered, skipped))
-
-    def _offer(self, event: KvOffered) -> None:
-        """Tells it once the arena holds the last layer of its pages."""
-        blocks, last = [page.block for page in event.pages], self._model.spec.layers - 1
-        for layer in range(last):
-            self._memory.publish(layer, blocks, _untold)
-        self._memory.publish(last, blocks, lambda: self._sink.emit(event))
-
-
-def _untold() -> None:
-    """What is published layer by layer and told at the last one."""
 
 
 def policy_of(engine: EngineConfig, blocks: int) -> SetPolicy:

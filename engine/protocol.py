@@ -41,11 +41,31 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: int | None = None
 
 
+class ChunkSpan(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens [start, start + count) of the prompt are a chunk whose KV may come from elsewhere. keys: by content, of its hash units
+    (`kv_transfer.keys.chunk_hashes`)."""
+
+    start: int
+    count: int
+    keys: bytes
+
+
+class BlendSpec(msgspec.Struct, frozen=True, array_like=True):
+    """How chunks are blended, see `engine.blend_selection`. "blend": `ratio` of their tokens are computed anew, those whose KV
+    deviates most; "epic": the first `first_tokens` of each chunk."""
+
+    method: Literal["blend", "epic"]
+    ratio: float
+    first_tokens: int
+
+
 class Work(msgspec.Struct, frozen=True, array_like=True):
     """One dispatch: all its choices share `token_ids`.
 
     token_ids: int32[n] little-endian; the first `prompt_tokens` are the prompt, the others output accepted in earlier attempts.
     block_hashes: chained keys of the full 16-token units of `token_ids`, 32 bytes each.
+    blend: its KV is approximate, made of `chunks` where that saves time. Such work carries no block_hashes: nothing of it enters the
+    prefix index, here or at the decode worker.
     """
 
     dispatch: Dispatch
@@ -56,6 +76,8 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling
     block_hashes: bytes
     priority: int = 0
+    chunks: tuple[ChunkSpan, ...] = ()  # in order, disjoint, inside the prompt
+    blend: BlendSpec | None = None
 
 
 # ---- commands, io -> engine
@@ -197,12 +219,14 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", array_like=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", array_like=True):
-    """`dispatch` was admitted to a batch. blocks: ids of its block table so far (prompt blocks); cached_tokens came from the index."""
+    """`dispatch` was admitted to a batch. blocks: ids of its block table so far (prompt blocks); cached_tokens came from the index;
+    blended_tokens: of chunks whose KV is blended."""
 
     dispatch: Dispatch
     blocks: tuple[int, ...]
     cached_tokens: int
     queue_us: int
+    blended_tokens: int = 0
 
 
 class KvReady(msgspec.Struct, frozen=True, tag="kv_ready", array_like=True):

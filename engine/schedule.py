@@ -151,7 +151,7 @@ class Schedule:
         return max(budget, 0)
 
     def _prompts(self) -> Iterator[Sequence]:
-        return (sequence for sequence in self.running if not sequence.decodes)
+        return (sequence for sequence in self.running if not sequence.decodes and not sequence.blends)
 
     def _chunk(self, sequence: Sequence, budget: int, *, first: bool) -> int:
         """Tokens of a prompt in this step. Unchunked, the first prompt may exceed the budget: it could never run otherwise."""
@@ -175,6 +175,8 @@ class Schedule:
             self.enter(sequence)
             plan.admitted.append(sequence)
             choices += len(sequence.choices) if generates else 0
+            if sequence.blends:
+                continue  # `engine.blend_jobs` takes it up
             count = self._chunk(sequence, budget, first=_has_no_prompt(plan))
             if not count:
                 return  # it holds its blocks and comes first in the next step

@@ -62,6 +62,7 @@ class Sequence:
     computed: int = 0
     announced: int = 0  # blocks offered through KvReady
     prompt_rows: list[LogprobRow] = field(default_factory=list)
+    blends: bool = False  # its KV, up to the last token, is being made of chunks: nothing of it is computed in steps meanwhile
 
     @property
     def missing(self) -> int:
@@ -90,4 +91,4 @@ class Sequence:
     @property
     def preemptable(self) -> bool:
         """A peer may be reading announced blocks; those stay where they are."""
-        return self.state.mode != "prefill"
+        return self.state.mode != "prefill" and not self.blends

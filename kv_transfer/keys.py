@@ -53,6 +53,21 @@ def chain_hashes(parent: bytes, token_ids: bytes) -> bytes:
     return b"".join(keys)
 
 
+def chunk_hashes(root: bytes, token_ids: bytes) -> bytes:
+    """Keys of a chunk by its content, wherever it stands: of its hash units, the last one filled up (`padded_chunk`).
+
+    root: `namespace_root(...)`. All keys depend on the whole chunk, and none is ever one of a prompt's chain.
+    """
+    content = hashlib.sha256(b"pdserve-kv-chunk-v1" + root + len(token_ids).to_bytes(8, "little"))
+    content.update(token_ids)
+    return chain_hashes(content.digest(), padded_chunk(token_ids, HASH_UNIT_TOKENS))
+
+
+def padded_chunk(token_ids: bytes, page_tokens: int) -> bytes:
+    """`token_ids` (int32) filled up with -1 to whole pages."""
+    return token_ids + b"\xff" * (-len(token_ids) % (page_tokens * TOKEN_BYTES))
+
+
 def fingerprint_seed(identity: bytes) -> int:
     """Key of the token fingerprints (xxh3_64) that are kept beside the chained keys. The same in every process that serves this
     identity, because pages outlive processes."""
