@@ -26,6 +26,7 @@ constexpr int PANEL = LANES * WIDE;  // columns of a packed weight, query vector
 constexpr int GEMM_ROWS = 6;
 constexpr int TILE = 48;    // keys between two updates of the running softmax
 constexpr int CHUNK = 768;  // keys of one partial result
+static_assert(TILE % LANES == 0 && CHUNK % TILE == 0);
 
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t VecInt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -248,14 +249,39 @@ struct Panel {
   int32_t least_begin, most_begin, least_end, most_end;
 };
 
+constexpr int FEW = LANES / 2;  // so few queries would leave most lanes empty: lanes are keys instead, with the same sums
 constexpr int MOST_PANELS = 4;  // of one thread: of one KV head, whose keys they read together, or of neighbouring KV heads
+
+// What the next tile reads, fetched row by row while this one is computed: memory and sums would else take turns.
+struct Ahead {
+  const char* rows[2 * TILE];  // keys, then values
+  int count, done, bytes;
+
+  inline __attribute__((always_inline)) void fetch_row(int end) {
+    if (done >= end) return;
+    const char* row = rows[done++];
+    for (int b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+  }
+};
 
 // Scratch of one thread.
 struct Scratch {
   Panel panels[MOST_PANELS];
   int used;
-  std::vector<float> key, value, score;
+  bool few;  // one panel per KV head, of at most FEW queries: lanes are keys
+  std::vector<float> key, value, score, few_score;
+  Ahead next;
 };
+
+// The sums of queries from `first` on, before another tile is added.
+static inline void rescale(int dim, int first, Panel& p, const float* factor) {
+  for (int q = first; q < std::min(p.queries, first + LANES); q++)
+    if (factor[q - first] != 1.0f)
+      for (int d = 0; d < dim; d += LANES) {
+        float* place = p.sum.data() + q * dim + d;
+        store(place, load(place) * splat(factor[q - first]));
+      }
+}
 
 // scores[t][v] of TOKENS keys against VECTORS vectors of queries.
 template <int TOKENS, int VECTORS>
@@ -282,14 +308,15 @@ static void score_tile(const float* query, const float* key, int tokens, int dim
   for (int t = 0; t < tokens; t += TOKENS) score_tokens<TOKENS, VECTORS>(query, key + t * dim, dim, score + t * PANEL);
 }
 
-// sum[q][d] += p[t][q] * value[t][d] for ROWS queries and VECTORS vectors of d.
-template <int ROWS, int VECTORS>
+// sum[q][d] += p[t][q] * value[t][d] for ROWS queries and VECTORS vectors of d. `beside` is called for every token.
+template <int ROWS, int VECTORS, typename Beside>
 static inline __attribute__((always_inline)) void add_values(const float* score, const float* value, int dim, int tokens,
-                                                             float* sum) {
+                                                             float* sum, const Beside& beside) {
   Vec total[ROWS][VECTORS];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++) total[r][v] = load(sum + r * dim + v * LANES);
   for (int t = 0; t < tokens; t++) {
+    beside();
     Vec line[VECTORS];
     for (int v = 0; v < VECTORS; v++) line[v] = load(value + t * dim + v * LANES);
     for (int r = 0; r < ROWS; r++) {
@@ -301,23 +328,27 @@ static inline __attribute__((always_inline)) void add_values(const float* score,
     for (int v = 0; v < VECTORS; v++) store(sum + r * dim + v * LANES, total[r][v]);
 }
 
-template <int VECTORS>
-static void add_values_of(const float* score, const float* value, int dim, int tokens, int queries, float* sum) {
+template <int VECTORS, typename Beside>
+static void add_values_of(const float* score, const float* value, int dim, int tokens, int queries, float* sum,
+                          const Beside& beside) {
   int q = 0;
-  for (; q + 6 <= queries; q += 6) add_values<6, VECTORS>(score + q, value, dim, tokens, sum + q * dim);
+  for (; q + 6 <= queries; q += 6) add_values<6, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside);
   switch (queries - q) {
-    case 1: add_values<1, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
-    case 2: add_values<2, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
-    case 3: add_values<3, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
-    case 4: add_values<4, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
-    case 5: add_values<5, VECTORS>(score + q, value, dim, tokens, sum + q * dim); break;
+    case 1: add_values<1, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
+    case 2: add_values<2, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
+    case 3: add_values<3, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
+    case 4: add_values<4, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
+    case 5: add_values<5, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
   }
 }
 
-static void add_all_values(const float* score, const float* value, int dim, int tokens, int queries, float* sum) {
+template <typename Beside>
+static void add_all_values(const float* score, const float* value, int dim, int tokens, int queries, float* sum,
+                           const Beside& beside) {
   int d = 0;
-  for (; d + WIDE * LANES <= dim; d += WIDE * LANES) add_values_of<WIDE>(score, value + d, dim, tokens, queries, sum + d);
-  for (; d < dim; d += LANES) add_values_of<1>(score, value + d, dim, tokens, queries, sum + d);
+  for (; d + WIDE * LANES <= dim; d += WIDE * LANES)
+    add_values_of<WIDE>(score, value + d, dim, tokens, queries, sum + d, beside);
+  for (; d < dim; d += LANES) add_values_of<1>(score, value + d, dim, tokens, queries, sum + d, beside);
 }
 
 // Copies the keys and values of a tile side by side, widened: lines of the pool lie far apart, and a copy waits for many of
@@ -351,6 +382,166 @@ static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, in
     default: copy_elements<float>(a, blocks, kv_head, position, tokens, ahead, s);
   }
 }
+
+// ---- tiles of few queries
+
+template <int WIDTH>
+static inline __attribute__((always_inline)) void swap_blocks(Vec* rows) {
+  VecInt upper, lower;
+  for (int lane = 0; lane < LANES; lane++) {
+    upper[lane] = lane & WIDTH ? LANES + lane - WIDTH : lane;
+    lower[lane] = lane & WIDTH ? LANES + lane : lane + WIDTH;
+  }
+  for (int i = 0; i < LANES; i++) {
+    if (i & WIDTH) continue;
+    const Vec one = rows[i], two = rows[i + WIDTH];
+    rows[i] = __builtin_shuffle(one, two, upper);
+    rows[i + WIDTH] = __builtin_shuffle(one, two, lower);
+  }
+}
+static inline __attribute__((always_inline)) void transpose(Vec* rows) {
+#if defined(__AVX512F__)
+  swap_blocks<8>(rows);
+#endif
+  swap_blocks<4>(rows);
+  swap_blocks<2>(rows);
+  swap_blocks<1>(rows);
+}
+
+// Keys of a tile as [dim][TILE], values as copy_elements puts them. The last key stands for those past the last token.
+template <typename Element>
+static void turn_elements(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Scratch& s) {
+  const long line = static_cast<long>(a.kv_heads) * a.dim, to_value = line * a.page_tokens;
+  const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * a.dim;
+  int page = position / a.page_tokens, offset = position % a.page_tokens;
+  const Element* next = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
+  for (int t = 0; t < tokens; t += LANES) {
+    const Element* from[LANES];
+    for (int i = 0; i < LANES; i++) {
+      from[i] = next;
+      if (t + i + 1 >= tokens) continue;
+      next += line;
+      if (++offset < a.page_tokens) continue;
+      offset = 0;
+      next = head + static_cast<long>(blocks[++page]) * 2 * to_value;
+    }
+    for (int d = 0; d < a.dim; d += LANES) {
+      Vec rows[LANES];
+      for (int i = 0; i < LANES; i++) rows[i] = load(from[i] + d);
+      transpose(rows);
+      for (int i = 0; i < LANES; i++) store(s.key.data() + (d + i) * TILE + t, rows[i]);
+    }
+    for (int i = 0; i < LANES; i++)
+      for (int d = 0; d < a.dim; d += LANES) store(s.value.data() + (t + i) * a.dim + d, load(from[i] + to_value + d));
+  }
+}
+
+static void turn_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Scratch& s) {
+  switch (a.element) {
+    case FLOAT8: turn_elements<uint8_t>(a, blocks, kv_head, position, tokens, s); break;
+    case BFLOAT16: turn_elements<uint16_t>(a, blocks, kv_head, position, tokens, s); break;
+    default: turn_elements<float>(a, blocks, kv_head, position, tokens, s);
+  }
+}
+
+static void look_ahead(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Ahead& next) {
+  const int size = a.element == FLOAT32 ? 4 : a.element == BFLOAT16 ? 2 : 1;
+  const long line = static_cast<long>(a.kv_heads) * a.dim * size, to_value = line * a.page_tokens;
+  const char* head = static_cast<const char*>(a.pool) + static_cast<long>(kv_head) * a.dim * size;
+  next.bytes = a.dim * size;
+  next.count = 2 * tokens;
+  next.done = 0;
+  int page = position / a.page_tokens, offset = position % a.page_tokens;
+  for (int t = 0; t < tokens; page++, offset = 0) {
+    const char* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
+    for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line) {
+      next.rows[t] = from;
+      next.rows[tokens + t] = from + to_value;
+    }
+  }
+}
+
+// scores[q][TILE] of VECTORS vectors of keys.
+template <int QUERIES, int VECTORS>
+static inline __attribute__((always_inline)) void score_keys(const float* query, const float* key, int dim, float* score,
+                                                             Ahead& next) {
+  Vec sum[QUERIES][VECTORS];
+  for (int q = 0; q < QUERIES; q++)
+    for (int v = 0; v < VECTORS; v++) sum[q][v] = Vec{};
+  for (int d = 0; d < dim; d++) {
+    next.fetch_row(next.count / 2);
+    Vec keys[VECTORS];
+    for (int v = 0; v < VECTORS; v++) keys[v] = load(key + d * TILE + v * LANES);
+    for (int q = 0; q < QUERIES; q++) {
+      const Vec value = splat(query[d * LANES + q]);
+      for (int v = 0; v < VECTORS; v++) sum[q][v] += keys[v] * value;
+    }
+  }
+  for (int q = 0; q < QUERIES; q++)
+    for (int v = 0; v < VECTORS; v++) store(score + q * TILE + v * LANES, sum[q][v]);
+}
+
+template <int QUERIES>
+static void score_few(const float* query, const float* key, int tokens, int dim, float* score, Ahead& next) {
+  int t = 0;
+  for (; t + 2 * LANES < tokens; t += 3 * LANES) score_keys<QUERIES, 3>(query, key + t, dim, score + t, next);
+  for (; t < tokens; t += LANES) score_keys<QUERIES, 1>(query, key + t, dim, score + t, next);
+}
+
+// As mask_tile and weigh_tile, from scores [q][TILE] to weights [token][PANEL].
+static void weigh_few(int dim, long position, int tokens, Panel& p, const float* scores, float* weights) {
+  VecInt lanes;
+  for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
+  const bool masked = position < p.most_begin || position + TILE > p.least_end;
+  float factor[LANES] = {};
+  for (int q = 0; q < p.queries; q++) {
+    Vec line[TILE / LANES], most = splat(-INFINITY);
+    const int vectors = vectors_of(tokens);
+    for (int v = 0; v < vectors; v++) {
+      line[v] = load(scores + q * TILE + v * LANES);
+      if (masked) {
+        const VecInt here = lanes + static_cast<int32_t>(position + v * LANES);
+        line[v] = ((here >= p.begin[q]) & (here < p.end[q])) ? line[v] : splat(-INFINITY);
+      }
+      most = line[v] > most ? line[v] : most;
+    }
+    float highest = p.highest[q];
+    for (int lane = 0; lane < LANES; lane++) highest = most[lane] > highest ? most[lane] : highest;
+    const float base = highest == -INFINITY ? 0.0f : highest;
+    factor[q] = exp_negative(splat(p.highest[q] - base))[0];
+    p.highest[q] = highest;
+    for (int v = 0; v < vectors; v++) {
+      float out[LANES];
+      store(out, exp_negative(line[v] - splat(base)));
+      for (int lane = 0; lane < LANES; lane++) weights[(v * LANES + lane) * PANEL + q] = out[lane];
+    }
+  }
+  Vec total = load(p.total) * load(factor);
+  for (int t = 0; t < tokens; t++) total += load(weights + t * PANEL);
+  store(p.total, total);
+  rescale(dim, 0, p, factor);
+}
+
+static void attend_few(int dim, long position, int tokens, Panel& p, Scratch& s) {
+  float* scores = s.few_score.data();
+  const float *query = p.query.data(), *key = s.key.data();
+  switch (p.queries) {
+    case 1: score_few<1>(query, key, tokens, dim, scores, s.next); break;
+    case 2: score_few<2>(query, key, tokens, dim, scores, s.next); break;
+    case 3: score_few<3>(query, key, tokens, dim, scores, s.next); break;
+    case 4: score_few<4>(query, key, tokens, dim, scores, s.next); break;
+#if defined(__AVX512F__)
+    case 5: score_few<5>(query, key, tokens, dim, scores, s.next); break;
+    case 6: score_few<6>(query, key, tokens, dim, scores, s.next); break;
+    case 7: score_few<7>(query, key, tokens, dim, scores, s.next); break;
+    case 8: score_few<8>(query, key, tokens, dim, scores, s.next); break;
+#endif
+  }
+  weigh_few(dim, position, tokens, p, scores, s.score.data());
+  add_all_values(s.score.data(), s.value.data(), dim, tokens, p.queries, p.sum.data(), [&s] { s.next.fetch_row(s.next.count); });
+}
+
+// ---- tiles of many queries
 
 // Scores of keys that a query does not see become -inf.
 static void mask_tile(long position, int tokens, const Panel& p, float* scores) {
@@ -386,12 +577,7 @@ static void weigh_tile(int dim, int tokens, Panel& p, float* scores) {
     store(p.total + first, total);
     float factor[LANES];
     store(factor, keep);
-    for (int q = first; q < std::min(p.queries, first + LANES); q++)
-      if (factor[q - first] != 1.0f)
-        for (int d = 0; d < dim; d += LANES) {
-          float* place = p.sum.data() + q * dim + d;
-          store(place, load(place) * splat(factor[q - first]));
-        }
+    rescale(dim, first, p, factor);
   }
 }
 
@@ -407,7 +593,7 @@ static void attend_tile(int dim, long position, int tokens, Panel& p, Scratch& s
   }
   if (position < p.most_begin || position + tokens > p.least_end) mask_tile(position, tokens, p, scores);
   weigh_tile(dim, tokens, p, scores);
-  add_all_values(scores, s.value.data(), dim, tokens, p.queries, p.sum.data());
+  add_all_values(scores, s.value.data(), dim, tokens, p.queries, p.sum.data(), [] {});
 }
 
 // `sum` and `lse` of every panel over the keys of one chunk; -inf where a query sees none of them.
@@ -431,10 +617,19 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
       if (position >= p.most_end) continue;
       if (p.kv_head != copied) {
         const bool ahead = s.panels[s.used - 1].kv_head > p.kv_head;
-        copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
+        if (s.few) {
+          turn_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, s);
+          const long after = ahead ? position : position + TILE;
+          const long left = std::min<long>(TILE, last - after);  // of this chunk or the next
+          look_ahead(a, blocks, s.panels[ahead ? i + 1 : 0].kv_head, static_cast<int>(after),
+                     ahead ? tokens : static_cast<int>(std::max(0L, left)), s.next);
+        } else {
+          copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
+        }
         copied = p.kv_head;
       }
-      attend_tile(a.dim, position, tokens, p, s);
+      if (s.few) attend_few(a.dim, position, tokens, p, s);
+      else attend_tile(a.dim, position, tokens, p, s);
     }
   }
   for (int i = 0; i < s.used; i++) {
@@ -520,7 +715,9 @@ static void attention_unit(const Attention& a, const Unit& unit, Scratch& s) {
   s.key.resize(static_cast<size_t>(TILE) * a.dim);
   s.value.resize(static_cast<size_t>(TILE) * a.dim);
   s.score.resize(static_cast<size_t>(TILE) * PANEL);
+  s.few_score.resize(static_cast<size_t>(TILE) * FEW);
   s.used = 0;
+  s.few = all <= FEW;
   for (int head = unit.kv_head; head < unit.kv_head + unit.heads; head++)
     for (int i = 0, q = unit.first; i < unit.panels && q < all; i++, q += PANEL)
       open_panel(a, a.rows + a.task_rows[task], head, q, std::min(PANEL, all - q), s.panels[s.used++]);

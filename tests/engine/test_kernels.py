@@ -250,6 +250,22 @@ def test_sharing_splitting_and_company_change_no_bit(kernels: Kernels, seed: int
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("group", range(1, 10))
+def test_few_queries_have_the_bits_of_many_whatever_their_number(kernels: Kernels, group: int) -> None:
+    """Of a prompt's last rows alone, where lanes are keys, and among all its rows, where lanes are queries."""
+    torch.manual_seed(group)
+    for dim, dtype, first in ((32, torch.float32, 0), (64, torch.float8_e4m3fn, 700), (48, torch.bfloat16, 33)):
+        reader = Reader(0, 100, first, np.arange(-(-(first + 100) // PAGE), dtype=np.int32)[::-1].copy())
+        pool = torch.randn(len(reader.blocks), 2, PAGE, 2, dim).to(dtype)
+        ends = torch.arange(first, first + 100, dtype=torch.int32) + 1
+        whole = Tree(pool, [reader], torch.randn(100, 2 * group, dim), ends)
+        together = attended(kernels, whole)
+        for row in (0, 1, 15, 16, 47, 48, 99):
+            step = Reader(0, 1, first + row, reader.blocks)
+            alone = Tree(pool, [step], whole.query[row : row + 1], ends[row : row + 1])
+            assert torch.equal(attended(kernels, alone)[0], together[row])
+
+
 def test_garbage_behind_the_last_token_is_never_seen(kernels: Kernels) -> None:
     one = tree(random.Random(7), kernels)
     wanted = attended(kernels, one)
