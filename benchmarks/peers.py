@@ -1,7 +1,8 @@
-"""The engine against vLLM and transformers in one run, beside the floors: same weights, threads and cores, fp32 and bf16.
+"""The engine against others in one run, beside the floors: same weights, threads and cores, fp32 and bf16.
 
-`python -m benchmarks.peers [--full] [--threads N] [--dtype float32|bfloat16] [--vllm-eager]`. vLLM lives in an environment of its
-own (`make peers-setup`, or the python that PDSERVE_VLLM_PYTHON names); without it the run goes on with transformers alone.
+`python -m benchmarks.peers [--full] [--threads N] [--dtype float32|bfloat16] [--vllm-eager] [--without NAME]`. vLLM, llama.cpp and
+OpenVINO GenAI live in environments of their own (`make peers-setup`, or the pythons that PDSERVE_VLLM_PYTHON, PDSERVE_LLAMA_PYTHON and
+PDSERVE_OPENVINO_PYTHON name); the run goes on without those that are not there. transformers is in ours.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ import torch
 
 from benchmarks.engine_driver import Dtype
 from benchmarks.floors import GemmFloor, MemoryFloor, bare_linear, has_prepacking, prepacked_linear
+from benchmarks.llama_peer import llama_program
+from benchmarks.openvino_peer import openvino_program
 from benchmarks.our_engine import OurEngine
+from benchmarks.peer_process import PeerProcess, PeerProgram, Setting, has_module, peer_python
 from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_random_llama
 from benchmarks.report import Better, Measurement, Mode, Result, compare, result, table, write_result
 from benchmarks.rounds import DECODE_CONTEXT, Effort, decode_ms, prefill_rates, random_prompt
 from benchmarks.transformers_peer import TransformersPeer
-from benchmarks.vllm_peer import DEFAULT_PYTHON, Setting, VllmOptions, VllmPeer, has_vllm
+from benchmarks.vllm_peer import VllmOptions, vllm_program
 
 BATCHES = (1, 8, 32, 128)
 PROMPTS = (512, 2048, 8192)
@@ -33,12 +37,13 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 EFFORTS: dict[Mode, Effort] = {"quick": Effort(3, 4, 2, 1.0, 10.0), "full": Effort(10, 8, 5, 2.0, 45.0)}
 CHECKED_PROMPT, CHECKED_OUTPUT = 200, 24  # tokens, of the comparison of what the engines say
 MAX_TOKENS = max(PROMPTS) + 1
-ABSENT = "vLLM is not installed: make peers-setup"
+PEER_MODULES = {"vllm": "vllm", "llama": "llama_cpp", "openvino": "openvino_genai"}  # what each environment must have
 NOTES = (
     "ratio: of us to the one named, above 1 = we are better; of a floor it is the share of the floor's speed that we reach",
     "pdserve: whole engine step, scheduling and sampling included; transformers: forward pass and argmax, unchunked",
-    "vLLM: whole engine step in one process, prefix caching off",
-    "all: one OpenMP thread bound to each of the same cores",
+    "vLLM, OpenVINO GenAI: whole engine step in one process, prefix caching off; OpenVINO: nothing quantised, KV cache neither",
+    "llama.cpp: llama_decode over a batch and numpy's argmax, one cache stream per sequence, cache of the weights' type",
+    "all: one thread bound to each of the same cores",
     "GEMM floors: torch's linears of one step alone, in that dtype; above 1 where another form of product beats them, as in a bf16"
     " that the CPU only emulates; memory floor: reading the bytes of weights and KV once",
 )
@@ -48,8 +53,21 @@ NOTES = (
 class Plan:
     mode: Mode
     cores: tuple[int, ...]  # one compute thread on each
-    vllm: Path | None  # its python
+    peers: Mapping[str, Path]  # the pythons of those that are installed
     vllm_eager: bool
+
+    def program(self, name: str, model_dir: Path, dtype: Dtype) -> PeerProgram:
+        python = self.peers[name]
+        match name:
+            case "vllm":
+                options = VllmOptions(dtype, self.cores, MAX_TOKENS, max(BATCHES), self.vllm_eager)
+                return vllm_program(python, model_dir, options)
+            case "llama":
+                return llama_program(python, model_dir, dtype, self.cores, MAX_TOKENS + CHECKED_OUTPUT)
+            case "openvino":
+                return openvino_program(python, model_dir, dtype, self.cores)
+            case _:
+                raise ValueError(f"unknown peer: {name}")
 
 
 class Contenders:
@@ -62,29 +80,28 @@ class Contenders:
         stack.callback(self.ours.close)
         torch.set_num_threads(len(plan.cores))
         self.transformers = TransformersPeer(model_dir, torch_dtype)
-        self.vllm: VllmPeer | None = None
-        if plan.vllm is not None:
-            options = VllmOptions(dtype, plan.cores, MAX_TOKENS, max(BATCHES), plan.vllm_eager)
-            self.vllm = VllmPeer(plan.vllm, model_dir, options, folder / "vllm.log")
-            stack.callback(self.vllm.close)
+        self.peers: dict[str, PeerProcess] = {}
+        for name in plan.peers:
+            peer = self.peers[name] = PeerProcess(plan.program(name, model_dir, dtype), folder / f"{name}.log")
+            stack.callback(peer.close)
         self._gemms = [GemmFloor("GEMM floor, F.linear", bare_linear, LLAMA_100M, torch_dtype)]
         if has_prepacking():
             self._gemms.append(GemmFloor("GEMM floor, prepacked", prepacked_linear, LLAMA_100M, torch_dtype))
         self._memory = MemoryFloor(LLAMA_100M, torch_dtype)
 
     @property
-    def prefilling(self) -> list[OurEngine | TransformersPeer | VllmPeer | GemmFloor]:
-        return [self.ours, *([self.vllm] if self.vllm else []), self.transformers, *self._gemms]
+    def prefilling(self) -> list[OurEngine | TransformersPeer | PeerProcess | GemmFloor]:
+        return [self.ours, *self.peers.values(), self.transformers, *self._gemms]
 
     @property
-    def decoding(self) -> list[OurEngine | TransformersPeer | VllmPeer | GemmFloor | MemoryFloor]:
+    def decoding(self) -> list[OurEngine | TransformersPeer | PeerProcess | GemmFloor | MemoryFloor]:
         return [*self.prefilling, self._memory]
 
     def agreement(self) -> dict[str, Setting]:
         """How many leading tokens of a greedy answer each peer has in common with ours."""
         prompt = random_prompt(random.Random(7), CHECKED_PROMPT)
         ours = self.ours.greedy_tokens(prompt, CHECKED_OUTPUT)
-        peers: list[VllmPeer | TransformersPeer] = [*([self.vllm] if self.vllm else []), self.transformers]
+        peers: list[PeerProcess | TransformersPeer] = [*self.peers.values(), self.transformers]
         return {peer.name: common_prefix(ours, peer.greedy_tokens(prompt, CHECKED_OUTPUT)) for peer in peers}
 
 
@@ -112,8 +129,8 @@ def measure_dtype(plan: Plan, dtype: Dtype, settings: dict[str, Setting]) -> lis
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder, ExitStack() as stack:
         contenders = Contenders(plan, dtype, Path(folder), stack)
-        if contenders.vllm:
-            settings |= {f"vllm_{name}": value for name, value in contenders.vllm.settings.items()}
+        for peer, running in contenders.peers.items():
+            settings |= {f"{peer}_{name}": value for name, value in running.settings.items() if name != "kv_cache"}
         agreed = contenders.agreement()
         settings |= {f"{dtype}: tokens of {CHECKED_OUTPUT} as {name}": value for name, value in agreed.items()}
         names = [contender.name for contender in contenders.decoding]
@@ -134,10 +151,14 @@ def run(plan: Plan, dtypes: Sequence[Dtype]) -> Result:
         "decode_context": DECODE_CONTEXT,
     }
     measurements = [item for dtype in dtypes for item in measure_dtype(plan, dtype, settings)]
-    notes = NOTES if plan.vllm else (*NOTES, ABSENT)
+    notes = (*NOTES, *(absence(name) for name in PEER_MODULES if name not in plan.peers))
     os.sched_setaffinity(0, plan.cores)  # this thread was bound to one; the machine's description counts them
     name = "peers" if len(dtypes) > 1 else f"peers_{dtypes[0]}"
     return result(name, plan.mode, settings, measurements, notes=notes)
+
+
+def absence(name: str) -> str:
+    return f"{name} did not take part: left out, or not installed (make peers-setup)"
 
 
 def begin_bound(cores: Sequence[int], arguments: Sequence[str]) -> None:
@@ -155,23 +176,29 @@ def core_list(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Engine against vLLM and transformers, beside the floors.")
+    parser = argparse.ArgumentParser(description="Engine against others, beside the floors.")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cores", type=core_list, help=argparse.SUPPRESS)  # what the bound program is begun with
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be given twice; default: both")
     parser.add_argument("--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner")
+    parser.add_argument(
+        "--without", choices=PEER_MODULES, action="append", default=[], help="leave out a peer; repeatable"
+    )
     given = parser.parse_args(arguments)
     if given.cores is None:
         allowed = sorted(os.sched_getaffinity(0))
         if not 0 < given.threads <= len(allowed):
             parser.error(f"--threads must lie in 1 .. {len(allowed)}, the cores that this process may use")
         begin_bound(allowed[: given.threads], sys.argv[1:] if arguments is None else arguments)
-    python = Path(os.environ.get("PDSERVE_VLLM_PYTHON") or DEFAULT_PYTHON)
-    found = has_vllm(python)
-    if not found:
-        print(ABSENT, flush=True)
-    plan = Plan("full" if given.full else "quick", tuple(given.cores), python if found else None, given.vllm_eager)
+    peers = {
+        name: peer_python(name)
+        for name, module in PEER_MODULES.items()
+        if name not in given.without and has_module(peer_python(name), module)
+    }
+    for name in PEER_MODULES.keys() - peers.keys():
+        print(absence(name), flush=True)
+    plan = Plan("full" if given.full else "quick", tuple(given.cores), peers, given.vllm_eager)
     measured = run(plan, given.dtype or DTYPES)
     write_result(measured)
     print(table(measured))

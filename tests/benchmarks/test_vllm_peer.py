@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vllm_peer import VllmFailed, VllmOptions, VllmPeer, affinity, child_environment, has_vllm
+from benchmarks.peer_process import ROOT, PeerFailed, PeerProcess, affinity, has_module
+from benchmarks.vllm_peer import VllmOptions, child_environment, vllm_program
 
 CORES = tuple(sorted(os.sched_getaffinity(0)))
 
@@ -71,15 +72,15 @@ class LLM:
 def python_with_stand_in(folder: Path) -> Path:
     (folder / "vllm.py").write_text(STAND_IN)
     python = folder / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{folder}" exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     return python
 
 
 @contextmanager
-def started(folder: Path, answer_s: float = 60.0) -> Iterator[VllmPeer]:
+def started(folder: Path, answer_s: float = 60.0) -> Iterator[PeerProcess]:
     options = VllmOptions("float32", CORES, 8193, 128, eager=False, answer_s=answer_s)
-    peer = VllmPeer(python_with_stand_in(folder), folder, options, folder / "vllm.log")
+    peer = PeerProcess(vllm_program(python_with_stand_in(folder), folder, options), folder / "vllm.log")
     try:
         yield peer
     finally:
@@ -118,20 +119,20 @@ def test_the_child_may_use_its_cores_though_our_thread_is_bound_to_one() -> None
 
 
 def test_a_request_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
-    with started(tmp_path, answer_s=1.0) as peer, pytest.raises(VllmFailed, match="longer than 1 s"):
+    with started(tmp_path, answer_s=1.0) as peer, pytest.raises(PeerFailed, match="longer than 1 s"):
         peer.prefill_s([666])
 
 
 def test_a_python_without_vllm_is_refused_with_the_reason(tmp_path: Path) -> None:
     options = VllmOptions("float32", CORES, 8193, 128, eager=False)
-    with pytest.raises(VllmFailed, match="No module named 'vllm'"):
-        VllmPeer(Path(sys.executable), tmp_path, options, tmp_path / "vllm.log")
+    with pytest.raises(PeerFailed, match="No module named 'vllm'"):
+        PeerProcess(vllm_program(Path(sys.executable), tmp_path, options), tmp_path / "vllm.log")
 
 
 def test_vllm_counts_as_installed_only_where_its_python_finds_it(tmp_path: Path) -> None:
-    assert has_vllm(python_with_stand_in(tmp_path))
-    assert not has_vllm(Path(sys.executable))
-    assert not has_vllm(tmp_path / "none")
+    assert has_module(python_with_stand_in(tmp_path), "vllm")
+    assert not has_module(Path(sys.executable), "vllm")
+    assert not has_module(tmp_path / "none", "vllm")
 
 
 def test_the_child_gets_one_thread_on_each_core_and_nothing_of_our_environment(tmp_path: Path) -> None:
@@ -139,5 +140,5 @@ def test_the_child_gets_one_thread_on_each_core_and_nothing_of_our_environment(t
     assert made["OMP_NUM_THREADS"] == "2"
     assert made["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
     assert made["HOME"] == "/home"
-    assert "PYTHONPATH" not in made
+    assert made["PYTHONPATH"] == str(ROOT)  # where its child's modules are
     assert "LD_PRELOAD" not in made  # no OpenMP of Intel is there
