@@ -1,19 +1,26 @@
 """Inter-token latency of running streams while long prompts arrive, through the whole stack: controller, HTTP, real engines.
 
-`python -m benchmarks.mixed_load [--full]`. Three clusters of the shipped model, one thread per worker: one worker that cuts prompts
-into chunks, one that does not, and a prefill and a decode worker. The solo value of each is its own without the prompts.
+`python -m benchmarks.mixed_load [--full]`. Clusters of the shipped model, one thread per worker: one worker that cuts prompts into
+chunks, one that does not, a prefill and a decode worker, and these two with a core of its own each. The solo value of each is its own
+without the prompts. What the prompts add is told apart: those of one token end in the prefill worker, so they only share the machine;
+those of two are handed off and decode one step over their whole context. How long the decode engine waited for a core tells what the
+machine had to do with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -22,15 +29,40 @@ from benchmarks.load import LoadReport
 from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
 
 STREAMS, PROMPT, OUTPUT = 4, 64, 600
-LONG_CLIENTS, LONG_PROMPT, LONG_OUTPUT = 2, 3000, 2
+LONG_CLIENTS, LONG_PROMPT = 2, 3000
+HANDED_OFF, PREFILLED_ONLY = 2, 1  # tokens of a long prompt's answer
 SECONDS: dict[Mode, float] = {"quick": 6.0, "full": 15.0}
-ROUNDS: dict[Mode, int] = {"quick": 1, "full": 3}
+ROUNDS: dict[Mode, int] = {"quick": 2, "full": 5}
 START_S, SETTLE_S = 180.0, 0.5
+CORES = sorted(os.sched_getaffinity(0))
+PAIR = ("--prefill", "1", "--decode", "1")
 CLUSTERS: dict[str, Sequence[str]] = {
     "one worker, chunks of 512": ("--both", "1", "--set", "engine.prefill_chunk=512"),
     "one worker, unchunked": ("--both", "1", "--set", "engine.prefill_chunk=0", "--set", "engine.token_budget=4096"),
-    "prefill + decode workers": ("--prefill", "1", "--decode", "1"),
+    "prefill + decode workers": PAIR,
+    "prefill + decode workers, a core each": (*PAIR, "--set", f"engine.cores={CORES[0]},{CORES[1 % len(CORES)]}"),
 }
+
+
+class _Worker(msgspec.Struct):
+    roles: list[str]
+    engine_pid: int
+
+
+class _Status(msgspec.Struct):
+    workers: list[_Worker]
+
+
+@dataclass(slots=True)
+class Rounds:
+    """Samples of one cluster, one per round."""
+
+    alone: list[LoadReport] = field(default_factory=list)
+    beside_prefill: list[LoadReport] = field(default_factory=list)  # streams while prompts are prefilled, and no more
+    mixed: list[LoadReport] = field(default_factory=list)  # streams while prompts are prefilled, handed off and decoded
+    prompts: list[LoadReport] = field(default_factory=list)
+    waited_alone: list[float] = field(default_factory=list)  # see waited_share
+    waited_mixed: list[float] = field(default_factory=list)
 
 
 @contextmanager
@@ -61,13 +93,15 @@ def cluster(flags: Sequence[str]) -> Iterator[str]:
             subprocess.run((*command, "down", *place), check=False, capture_output=True, timeout=START_S)
 
 
-def load(address: str, streams: int, prompt: int, output: int, seconds: float) -> subprocess.Popen[bytes]:
+def load(address: str, streams: int, tokens: tuple[int, int], seconds: float, seed: int) -> subprocess.Popen[bytes]:
+    """tokens: of a prompt, and of its answer. seed: another one for every load, or its prompts are found in the cache."""
     options = {
         "streams": streams,
-        "prompt-tokens": prompt,
-        "output-tokens": output,
+        "prompt-tokens": tokens[0],
+        "output-tokens": tokens[1],
         "seconds": seconds,
         "requests": 10**6,
+        "seed": seed,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return subprocess.Popen([sys.executable, "-m", "benchmarks.load", "--url", address, *words], stdout=subprocess.PIPE)
@@ -81,35 +115,68 @@ def report_of(process: subprocess.Popen[bytes], seconds: float) -> LoadReport:
     return report
 
 
-def rounds(address: str, mode: Mode) -> tuple[list[LoadReport], list[LoadReport], list[LoadReport]]:
-    """Reports of the streams alone, of the streams among long prompts, and of the long prompts."""
-    seconds = SECONDS[mode]
-    alone: list[LoadReport] = []
-    mixed: list[LoadReport] = []
-    prompts: list[LoadReport] = []
-    for _ in range(ROUNDS[mode]):
-        alone.append(report_of(load(address, STREAMS, PROMPT, OUTPUT, seconds), seconds))
-        running = load(address, STREAMS, PROMPT, OUTPUT, seconds)
+def decode_engine(address: str) -> int:
+    """Pid of the engine that decodes."""
+    with urllib.request.urlopen(f"http://{address}/api/v1/status", timeout=10) as answer:
+        status = msgspec.json.decode(answer.read(), type=_Status)
+    return next(worker.engine_pid for worker in status.workers if "decode" in worker.roles)
+
+
+def core_times_ns(pid: int) -> tuple[int, int]:
+    """How long the first thread of a process has run, and how long it was runnable without a core."""
+    run_ns, wait_ns, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
+    return int(run_ns), int(wait_ns)
+
+
+def waited_share(before: tuple[int, int], after: tuple[int, int]) -> float:
+    """Of the time that a thread wanted to run, the percentage without a core."""
+    ran, waited = after[0] - before[0], after[1] - before[1]
+    return 100 * waited / (ran + waited) if ran + waited else 0.0
+
+
+def rounds(address: str, mode: Mode) -> Rounds:
+    seconds, taken, engine = SECONDS[mode], Rounds(), decode_engine(address)
+    seeds = itertools.count(1)
+
+    def streams() -> subprocess.Popen[bytes]:
+        return load(address, STREAMS, (PROMPT, OUTPUT), seconds, next(seeds))
+
+    def among_prompts(answer_tokens: int) -> tuple[LoadReport, LoadReport]:
+        running = streams()
         time.sleep(SETTLE_S)  # the streams decode before the prompts come
-        arriving = load(address, LONG_CLIENTS, LONG_PROMPT, LONG_OUTPUT, seconds - 2 * SETTLE_S)
-        mixed.append(report_of(running, seconds))
-        prompts.append(report_of(arriving, seconds))
-    return alone, mixed, prompts
+        tokens, span_s = (LONG_PROMPT, answer_tokens), seconds - 2 * SETTLE_S
+        arriving = load(address, LONG_CLIENTS, tokens, span_s, next(seeds))
+        return report_of(running, seconds), report_of(arriving, seconds)
+
+    for _ in range(ROUNDS[mode]):
+        start = core_times_ns(engine)
+        taken.alone.append(report_of(streams(), seconds))
+        between = core_times_ns(engine)
+        mixed, prompts = among_prompts(HANDED_OFF)
+        taken.waited_alone.append(waited_share(start, between))
+        taken.waited_mixed.append(waited_share(between, core_times_ns(engine)))
+        taken.mixed.append(mixed)
+        taken.prompts.append(prompts)
+        taken.beside_prefill.append(among_prompts(PREFILLED_ONLY)[0])
+    return taken
 
 
 def measurements(name: str, address: str, mode: Mode) -> list[Measurement]:
-    alone, mixed, prompts = rounds(address, mode)
+    taken = rounds(address, mode)
 
-    def ms(reports: Sequence[LoadReport], field: str) -> list[float]:
-        return [float(getattr(report, field)) * 1e3 for report in reports]
+    def ms(reports: Sequence[LoadReport], attribute: str) -> list[float]:
+        return [float(getattr(report, attribute)) * 1e3 for report in reports]
 
-    solo = ("the same streams alone", ms(alone, "itl_p99_s"))
+    solo = ("the same streams alone", ms(taken.alone, "itl_p99_s"))
+    quiet = ("the same streams alone", taken.waited_alone)
     return [
-        compare(f"{name}: ITL p99", "ms", ms(mixed, "itl_p99_s"), solo, "lower"),
-        measure(f"{name}: ITL p50", "ms", ms(mixed, "itl_p50_s")),
-        measure(f"{name}: tokens of the streams", "tok/s", [r.tokens / r.wall_s for r in mixed], "higher"),
-        measure(f"{name}: long prompts", "req/s", [r.requests / r.wall_s for r in prompts], "higher"),
-        measure(f"{name}: TTFT of a long prompt, p50", "ms", ms(prompts, "ttft_p50_s")),
+        compare(f"{name}: ITL p99", "ms", ms(taken.mixed, "itl_p99_s"), solo, "lower"),
+        compare(f"{name}: ITL p99, prompts of one token", "ms", ms(taken.beside_prefill, "itl_p99_s"), solo, "lower"),
+        compare(f"{name}: decode engine without a core", "%", taken.waited_mixed, quiet, "lower"),
+        measure(f"{name}: ITL p50", "ms", ms(taken.mixed, "itl_p50_s")),
+        measure(f"{name}: tokens of the streams", "tok/s", [r.tokens / r.wall_s for r in taken.mixed], "higher"),
+        measure(f"{name}: long prompts", "req/s", [r.requests / r.wall_s for r in taken.prompts], "higher"),
+        measure(f"{name}: TTFT of a long prompt, p50", "ms", ms(taken.prompts, "ttft_p50_s")),
     ]
 
 
