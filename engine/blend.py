@@ -91,7 +91,7 @@ class BlendRun:
         self._layer = 0
         self._computed: list[torch.Tensor] = []
         first = self._selection.first
-        token_ids = torch.tensor(prompt.token_ids)[past:].index_select(0, first).to(decoder.device)
+        token_ids = torch.tensor(prompt.token_ids[past:], dtype=torch.int64).index_select(0, first).to(decoder.device)
         self._flow = self._flow_of(first, decoder.embed(token_ids))
         # Of the chunks' tokens in one layer after the other: fresh pages for each would cost more than the copies into them.
         shape = (len(rows), decoder.spec.kv_heads, decoder.spec.head_dim)
