@@ -13,6 +13,8 @@ TENANT_BYTES_MOST = 64
 _HEADER_FIXED_BYTES = 192  # room for the fixed fields of a record's header and its checksum
 _SPARE_SHARE = 16  # one segment of so many is kept free beyond the one that compaction needs
 _SEGMENTS_MOST = 512  # each is an open file
+_SEGMENT_BYTES = 64 * 2**20
+_SEGMENT_BYTES_LEAST = 2**20
 _RUN_BYTES = 4 * 2**20
 _RUN_RECORDS_MOST = 16
 
@@ -20,12 +22,13 @@ _RUN_RECORDS_MOST = 16
 @dataclass(frozen=True, slots=True)
 class DiskLimits:
     """capacity_bytes: of all files of the tier together, at any time. ttl_s: from when a page was stored, across restarts.
-    tenant_bytes: of the records of one tenant, 0 = no quota. segment_bytes: at most, of one file."""
+    tenant_bytes: of the records of one tenant, 0 = no quota. segment_bytes: at most, of one file; 0 = 64 MiB, less where that is
+    more than an eighth of the capacity, more where there would be too many files. Another size empties the directory."""
 
     capacity_bytes: int
     ttl_s: float = 7 * 86400.0
     tenant_bytes: int = 0
-    segment_bytes: int = 64 * 2**20
+    segment_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ def layout_of(page_format: PageFormat, limits: DiskLimits) -> Layout:
     most_variable = TENANT_BYTES_MOST + page_format.page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
     header_bytes = _aligned(_HEADER_FIXED_BYTES + most_variable)
     record_bytes = header_bytes + _aligned(page_format.size_bytes)
-    slots = max(1, (limits.segment_bytes - BLOCK_BYTES) // record_bytes)
+    slots = max(1, (_segment_bytes(limits) - BLOCK_BYTES) // record_bytes)
     line_bytes = _HEADER_FIXED_BYTES + most_variable
     log_share = (
         3 * slots * line_bytes + BLOCK_BYTES
@@ -98,6 +101,16 @@ def layout_of(page_format: PageFormat, limits: DiskLimits) -> Layout:
         )
     log_bytes = segments * (2 * slots * line_bytes + BLOCK_BYTES // 2)
     return Layout(header_bytes, page_format.size_bytes, record_bytes, slots, segments, log_bytes, limits.capacity_bytes)
+
+
+def _segment_bytes(limits: DiskLimits) -> int:
+    chosen = limits.segment_bytes or _SEGMENT_BYTES
+    if not limits.segment_bytes:
+        while chosen > _SEGMENT_BYTES_LEAST and limits.capacity_bytes < 8 * chosen:
+            chosen //= 2
+        while limits.capacity_bytes > _SEGMENTS_MOST // 2 * chosen:
+            chosen *= 2
+    return chosen
 
 
 def _aligned(size_bytes: int) -> int:

@@ -259,7 +259,14 @@ def test_a_capacity_of_less_than_two_segments_is_refused() -> None:
 
 def test_more_segments_than_open_files_is_refused() -> None:
     with pytest.raises(ConfigInvalid):
-        layout_of(SMALL, DiskLimits(capacity_bytes=2**40))
+        layout_of(SMALL, DiskLimits(capacity_bytes=2**40, segment_bytes=64 * 2**20))
+
+
+@pytest.mark.parametrize("capacity_mib", [3, 16, 64, 300, 1024, 2**14, 2**16, 2**20])
+def test_segments_are_chosen_for_any_capacity(capacity_mib: int) -> None:
+    layout = layout_of(SMALL, DiskLimits(capacity_bytes=capacity_mib * 2**20))
+    assert 2 <= layout.segments <= 512
+    assert layout.total_bytes // 4 < layout.records * layout.record_bytes < layout.total_bytes
 
 
 @pytest.mark.parametrize("capacity_bytes", [100_000, 275_000, 1_000_000])
