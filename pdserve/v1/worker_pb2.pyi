@@ -58,6 +58,7 @@ class SessionRequest(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     ADOPT_FIELD_NUMBER: _builtins.int
     KV_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    KV_COMMAND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenSession:
         """always first"""
@@ -86,6 +87,8 @@ class SessionRequest(_message.Message):
     def adopt(self) -> Global___Adopt: ...
     @_builtins.property
     def kv_snapshot(self) -> Global___KvSnapshotRequest: ...
+    @_builtins.property
+    def kv_command(self) -> Global___KvCommand: ...
     def __init__(
         self,
         *,
@@ -99,12 +102,13 @@ class SessionRequest(_message.Message):
         drain: Global___Drain | None = ...,
         adopt: Global___Adopt | None = ...,
         kv_snapshot: Global___KvSnapshotRequest | None = ...,
+        kv_command: Global___KvCommand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "adopt", b"adopt", "cancel", b"cancel", "command", b"command", "drain", b"drain", "generate", b"generate", "kv_snapshot", b"kv_snapshot", "open", b"open", "prefill", b"prefill", "reserve", b"reserve", "set_roles", b"set_roles"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "adopt", b"adopt", "cancel", b"cancel", "command", b"command", "drain", b"drain", "generate", b"generate", "kv_command", b"kv_command", "kv_snapshot", b"kv_snapshot", "open", b"open", "prefill", b"prefill", "reserve", b"reserve", "set_roles", b"set_roles"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "adopt", b"adopt", "cancel", b"cancel", "command", b"command", "drain", b"drain", "generate", b"generate", "kv_snapshot", b"kv_snapshot", "open", b"open", "prefill", b"prefill", "reserve", b"reserve", "set_roles", b"set_roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "adopt", b"adopt", "cancel", b"cancel", "command", b"command", "drain", b"drain", "generate", b"generate", "kv_command", b"kv_command", "kv_snapshot", b"kv_snapshot", "open", b"open", "prefill", b"prefill", "reserve", b"reserve", "set_roles", b"set_roles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "reserve", "prefill", "generate", "cancel", "ack", "set_roles", "drain", "adopt", "kv_snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "reserve", "prefill", "generate", "cancel", "ack", "set_roles", "drain", "adopt", "kv_snapshot", "kv_command"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -126,6 +130,79 @@ class KvSnapshotRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvSnapshotRequest: _TypeAlias = KvSnapshotRequest  # noqa: Y015
+
+@_typing.final
+class KvCommand(_message.Message):
+    """An operator looks at the worker's tiers or steers them. Answered by one CommandResult, which is not replayed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Action:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[KvCommand._Action.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ACTION_UNSPECIFIED: KvCommand._Action.ValueType  # 0
+        ACTION_LIST: KvCommand._Action.ValueType  # 1
+        ACTION_PIN: KvCommand._Action.ValueType  # 2
+        ACTION_FLUSH: KvCommand._Action.ValueType  # 3
+        ACTION_VERIFY: KvCommand._Action.ValueType  # 4
+
+    class Action(_Action, metaclass=_ActionEnumTypeWrapper): ...
+    ACTION_UNSPECIFIED: KvCommand.Action.ValueType  # 0
+    ACTION_LIST: KvCommand.Action.ValueType  # 1
+    ACTION_PIN: KvCommand.Action.ValueType  # 2
+    ACTION_FLUSH: KvCommand.Action.ValueType  # 3
+    ACTION_VERIFY: KvCommand.Action.ValueType  # 4
+
+    COMMAND_ID_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    HOLD_MS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    command_id: _builtins.int
+    action: Global___KvCommand.Action.ValueType
+    keys: _builtins.bytes
+    """of pages, 32 bytes each; empty = all (not for PIN)"""
+    limit: _builtins.int
+    """of LIST, in pages; 0 = 100"""
+    hold_ms: _builtins.int
+    """of PIN; 0 = lets go"""
+    deadline_ms: _builtins.int
+    """of FLUSH and VERIFY; 0 = 5 s"""
+    max_bytes: _builtins.int
+    """of VERIFY, in each tier; 0 = 1 GiB"""
+    after: _builtins.bytes
+    """of VERIFY: only pages with higher keys"""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """empty = all; "device" for FLUSH alone"""
+
+    def __init__(
+        self,
+        *,
+        command_id: _builtins.int = ...,
+        action: Global___KvCommand.Action.ValueType = ...,
+        tiers: _abc.Iterable[_builtins.str] | None = ...,
+        keys: _builtins.bytes = ...,
+        limit: _builtins.int = ...,
+        hold_ms: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        after: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "after", b"after", "command_id", b"command_id", "deadline_ms", b"deadline_ms", "hold_ms", b"hold_ms", "keys", b"keys", "limit", b"limit", "max_bytes", b"max_bytes", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCommand: _TypeAlias = KvCommand  # noqa: Y015
 
 @_typing.final
 class OpenSession(_message.Message):
@@ -848,6 +925,8 @@ class LoadReport(_message.Message):
     VERIFY_FAILURES_FIELD_NUMBER: _builtins.int
     EXPIRED_LEASES_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
     engine_step: _builtins.int
     """a hung engine is seen"""
     blocks_total: _builtins.int
@@ -871,6 +950,12 @@ class LoadReport(_message.Message):
     resident_bytes: _builtins.int
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Role.ValueType]: ...
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierReport]:
+        """below the device, nearest first"""
+
+    @_builtins.property
+    def loads(self) -> Global___TierLoads: ...
     def __init__(
         self,
         *,
@@ -891,14 +976,187 @@ class LoadReport(_message.Message):
         verify_failures: _builtins.int = ...,
         expired_leases: _builtins.int = ...,
         resident_bytes: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___TierReport] | None = ...,
+        loads: Global___TierLoads | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["loads", b"loads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_leaked", b"blocks_leaked", "blocks_total", b"blocks_total", "draining", b"draining", "engine_step", b"engine_step", "expired_leases", b"expired_leases", "preemptions", b"preemptions", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "roles", b"roles", "running", b"running", "step_ms", b"step_ms", "verify_failures", b"verify_failures", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_leaked", b"blocks_leaked", "blocks_total", b"blocks_total", "draining", b"draining", "engine_step", b"engine_step", "expired_leases", b"expired_leases", "loads", b"loads", "preemptions", b"preemptions", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "roles", b"roles", "running", b"running", "step_ms", b"step_ms", "tiers", b"tiers", "verify_failures", b"verify_failures", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class TierReport(_message.Message):
+    """One tier below the device. Counters are since the start of the worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VerifyFailuresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TIER_FIELD_NUMBER: _builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    MISS_TOKENS_FIELD_NUMBER: _builtins.int
+    BYTES_IN_FIELD_NUMBER: _builtins.int
+    BYTES_OUT_FIELD_NUMBER: _builtins.int
+    READ_S_FIELD_NUMBER: _builtins.int
+    WRITE_S_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    EVICTED_AGE_S_FIELD_NUMBER: _builtins.int
+    EXPIRED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    VERIFY_FAILURES_FIELD_NUMBER: _builtins.int
+    READ_PAGES_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    capacity_bytes: _builtins.int
+    """0 = without bound of ours"""
+    used_bytes: _builtins.int
+    pages: _builtins.int
+    """absent where nobody counts them (Redis)"""
+    hit_tokens: _builtins.int
+    miss_tokens: _builtins.int
+    bytes_in: _builtins.int
+    bytes_out: _builtins.int
+    read_s: _builtins.float
+    write_s: _builtins.float
+    stored: _builtins.int
+    """pages, like those that follow"""
+    evicted: _builtins.int
+    evicted_age_s: _builtins.float
+    """summed over evicted pages"""
+    expired: _builtins.int
+    dropped: _builtins.int
+    """not stored: back-pressure, quota, no room, or the medium failed"""
+    failures: _builtins.int
+    """calls that the medium failed"""
+    read_pages: _builtins.int
+    """what read_s was spent on"""
+    @_builtins.property
+    def verify_failures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by kind"""
+
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        capacity_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        pages: _builtins.int | None = ...,
+        hit_tokens: _builtins.int = ...,
+        miss_tokens: _builtins.int = ...,
+        bytes_in: _builtins.int = ...,
+        bytes_out: _builtins.int = ...,
+        read_s: _builtins.float = ...,
+        write_s: _builtins.float = ...,
+        stored: _builtins.int = ...,
+        evicted: _builtins.int = ...,
+        evicted_age_s: _builtins.float = ...,
+        expired: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        failures: _builtins.int = ...,
+        verify_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        read_pages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pages", b"_pages", "pages", b"pages"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pages", b"_pages", "bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_bytes", b"capacity_bytes", "dropped", b"dropped", "evicted", b"evicted", "evicted_age_s", b"evicted_age_s", "expired", b"expired", "failures", b"failures", "hit_tokens", b"hit_tokens", "miss_tokens", b"miss_tokens", "pages", b"pages", "read_pages", b"read_pages", "read_s", b"read_s", "stored", b"stored", "tier", b"tier", "used_bytes", b"used_bytes", "verify_failures", b"verify_failures", "write_s", b"write_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pages: _TypeAlias = _typing.Literal["pages"]  # noqa: Y015
+    _WhichOneofArgType__pages: _TypeAlias = _typing.Literal["_pages", b"_pages"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pages) -> _WhichOneofReturnType__pages | None: ...
+
+Global___TierReport: _TypeAlias = TierReport  # noqa: Y015
+
+@_typing.final
+class TierLoads(_message.Message):
+    """Prompts that looked into the tiers, since the start of the worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LoadedTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    QUERIED_TOKENS_FIELD_NUMBER: _builtins.int
+    LOADED_TOKENS_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    NO_ROOM_FIELD_NUMBER: _builtins.int
+    NOT_WORTH_IT_FIELD_NUMBER: _builtins.int
+    OFFERS_SKIPPED_FIELD_NUMBER: _builtins.int
+    DROPPED_ON_THE_WAY_DOWN_FIELD_NUMBER: _builtins.int
+    LOAD_S_FIELD_NUMBER: _builtins.int
+    queried_tokens: _builtins.int
+    late: _builtins.int
+    """loads that their deadline ended"""
+    no_room: _builtins.int
+    not_worth_it: _builtins.int
+    offers_skipped: _builtins.int
+    dropped_on_the_way_down: _builtins.int
+    """pages"""
+    load_s: _builtins.float
+    @_builtins.property
+    def loaded_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by tier"""
+
+    def __init__(
+        self,
+        *,
+        queried_tokens: _builtins.int = ...,
+        loaded_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        late: _builtins.int = ...,
+        no_room: _builtins.int = ...,
+        not_worth_it: _builtins.int = ...,
+        offers_skipped: _builtins.int = ...,
+        dropped_on_the_way_down: _builtins.int = ...,
+        load_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_on_the_way_down", b"dropped_on_the_way_down", "late", b"late", "load_s", b"load_s", "loaded_tokens", b"loaded_tokens", "no_room", b"no_room", "not_worth_it", b"not_worth_it", "offers_skipped", b"offers_skipped", "queried_tokens", b"queried_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierLoads: _TypeAlias = TierLoads  # noqa: Y015
 
 @_typing.final
 class KvEvents(_message.Message):
@@ -974,21 +1232,144 @@ class CommandResult(_message.Message):
     COMMAND_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    KV_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     reason: _builtins.str
     """empty = done"""
     message: _builtins.str
+    @_builtins.property
+    def kv(self) -> Global___KvAnswer:
+        """of a KvCommand"""
+
     def __init__(
         self,
         *,
         command_id: _builtins.int = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        kv: Global___KvAnswer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "kv", b"kv", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommandResult: _TypeAlias = CommandResult  # noqa: Y015
+
+@_typing.final
+class KvAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPage]:
+        """of LIST"""
+
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierOutcome]:
+        """of PIN, FLUSH and VERIFY"""
+
+    def __init__(
+        self,
+        *,
+        pages: _abc.Iterable[Global___KvPage] | None = ...,
+        outcomes: _abc.Iterable[Global___TierOutcome] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes", "pages", b"pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvAnswer: _TypeAlias = KvAnswer  # noqa: Y015
+
+@_typing.final
+class KvPage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    REFS_FIELD_NUMBER: _builtins.int
+    HELD_S_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    parent: _builtins.bytes
+    """empty at the start of a chain, and where it is not known (Redis)"""
+    tier: _builtins.str
+    bytes: _builtins.int
+    age_s: _builtins.float
+    refs: _builtins.int
+    """readers now"""
+    held_s: _builtins.float
+    """how long an operator's pin still lasts"""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        parent: _builtins.bytes = ...,
+        tier: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        age_s: _builtins.float = ...,
+        refs: _builtins.int = ...,
+        held_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "bytes", b"bytes", "held_s", b"held_s", "key", b"key", "parent", b"parent", "refs", b"refs", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPage: _TypeAlias = KvPage  # noqa: Y015
+
+@_typing.final
+class TierOutcome(_message.Message):
+    """What a command did in one tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    BAD_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
+    LAST_KEY_FIELD_NUMBER: _builtins.int
+    BAD_KEYS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    pages: _builtins.int
+    """pinned, dropped, or found good"""
+    bad: _builtins.int
+    """of VERIFY: dropped too"""
+    bytes: _builtins.int
+    """of VERIFY: looked at"""
+    cut: _builtins.bool
+    """by the deadline or the byte bound: there is more to do"""
+    last_key: _builtins.bytes
+    """of VERIFY that was cut: go on after it"""
+    bad_keys: _builtins.bytes
+    """the first 100"""
+    failure: _builtins.str
+    """why the tier did not do it; empty = it did"""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        pages: _builtins.int = ...,
+        bad: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        cut: _builtins.bool = ...,
+        last_key: _builtins.bytes = ...,
+        bad_keys: _builtins.bytes = ...,
+        failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad", b"bad", "bad_keys", b"bad_keys", "bytes", b"bytes", "cut", b"cut", "failure", b"failure", "last_key", b"last_key", "pages", b"pages", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierOutcome: _TypeAlias = TierOutcome  # noqa: Y015
