@@ -120,6 +120,18 @@ def shares(recipe: Blend, layers: int) -> list[float]:
     return [recipe.ratio * (1 + spread - 2 * spread * step / max(count - 1, 1)) for step in range(count)]
 
 
+def computed_share(recipe: Recipe, layers: int, total: int, chunk_tokens: Sequence[int]) -> float:
+    """How much of a whole prefill of `total` tokens the blend computes: rows times layers, attention left out."""
+    chunked = sum(chunk_tokens)
+    fresh = total - chunked
+    match recipe:
+        case Epic(first_tokens):
+            return (fresh + sum(min(first_tokens, tokens) for tokens in chunk_tokens)) / total
+        case Blend():
+            whole = min(2, layers)
+            return (whole * total + (layers - whole) * fresh + sum(shares(recipe, layers)) * chunked) / (layers * total)
+
+
 def deviations(computed: tuple[torch.Tensor, torch.Tensor], taken: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """How far the KV of a chunk lies from the exact one: |dV|^2 / |V|^2 + |dK|^2 / |K|^2 per row, float32 [n].
 

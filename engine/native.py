@@ -10,6 +10,7 @@ from typing import assert_never
 
 import torch
 
+from engine.blend_jobs import BlendJobs
 from engine.block_tables import BlockTables
 from engine.cuda_graphs import cuda_graphs
 from engine.cuda_varlen import Geometry, device_attention
@@ -83,6 +84,7 @@ class NativeEngine:
         seed = fingerprint_seed(model.identity)
         self._desk = DispatchDesk(self._tables, self._schedule, doorkeeper, sink, time.monotonic, seed)
         self._exchange = KvExchange(self._tables, memory, model.spec.layers, seed, sink)
+        self._blends = BlendJobs(model, memory, self._tables, seed)
         graphs = cuda_graphs(model.decoder) if engine.cuda_graphs else None
         self._forward = ForwardPass(model.decoder, _attention(model, memory, engine), graphs)
         self._sampler = Sampler(model.spec.vocab, model.spec.eos_token_ids, model.device)
@@ -149,13 +151,16 @@ class NativeEngine:
             self._desk.fail(sequence, NoCapacity("The request alone needs more KV blocks than the pool has."))
         for sequence in plan.admitted:
             self._start(sequence)
+        blending = self._blends.busy
+        if blending:
+            self._blend()
         if plan.parts:
             self._compute(plan)
         else:
             self._memory.settle()  # nothing is left to copy beside
         self._exchange.tell()
         self._sink.flush()
-        return not plan.empty
+        return not plan.empty or bool(plan.admitted) or blending
 
     def load(self) -> Load:
         schedule, pool = self._schedule, self._tables.pool
@@ -180,7 +185,9 @@ class NativeEngine:
         """Leaked blocks. The audit walks all tables, so it is not made for every answer to a reservation."""
         now_s = time.monotonic()
         if now_s >= self._audit_due_s:
-            self._leaked = self._tables.leaked([*self._desk.held_tables(), *self._exchange.held_tables()])
+            self._leaked = self._tables.leaked(
+                [*self._desk.held_tables(), *self._exchange.held_tables(), *self._blends.held_tables()]
+            )
             self._audit_due_s = now_s + _AUDIT_INTERVAL_S
         return self._leaked
 
@@ -189,15 +196,33 @@ class NativeEngine:
     def _start(self, sequence: Sequence) -> None:
         state, table = sequence.state, sequence.table
         assert table is not None
+        blended = 0
+        if sequence.blends:
+            blended = self._blends.admit(sequence, self._schedule.policy.decode_headroom_blocks)
         if not state.started:
             state.started_s = time.monotonic()
             queue_us = int((state.started_s - state.submitted_s) * 1e6)
-            self._sink.emit(Started(state.dispatch, tuple(table.blocks), sequence.computed, queue_us))
+            self._sink.emit(Started(state.dispatch, tuple(table.blocks), sequence.computed, queue_us, blended))
         if state.mode == "prefill" and table.stored:
             cached = _Announcement(sequence, 0, tuple(table.blocks[: table.stored]))
             sequence.announced = table.stored
             for layer in range(self._model.spec.layers):
                 self._announce(layer, [cached])
+
+    def _blend(self) -> None:
+        """One piece of the blend in progress; a sequence whose blend is done is in the next plan."""
+        self._blends.advance(self._announce_blended)
+        self._steps += 1  # a blend is no hang
+
+    def _announce_blended(self, sequence: Sequence, layer: int) -> None:
+        """All full pages before the last token are final in this layer."""
+        if sequence.state.mode != "prefill":
+            return
+        assert sequence.table is not None
+        sequence.announced = (len(sequence.tokens) - 1) // self._tables.page_tokens
+        if sequence.announced:
+            blocks = tuple(sequence.table.blocks[: sequence.announced])
+            self._announce(layer, [_Announcement(sequence, 0, blocks)])
 
     def _compute(self, plan: StepPlan) -> None:
         start_s = time.perf_counter()

@@ -38,6 +38,8 @@ class Doorkeeper:
         ids = np.frombuffer(work.token_ids, dtype="<i4", count=tokens)
         if ids.min() < 0 or ids.max() >= self._vocab:
             return InvalidRequest(f"Token ids must lie in 0 .. {self._vocab - 1}.", param="prompt")
+        if work.blend is not None and not _chunks_fit(work):
+            return InvalidRequest("Chunks must lie one after the other inside the prompt.", param="chunks")
         if tokens - work.prompt_tokens >= work.sampling.max_tokens:
             return InvalidRequest("The output accepted so far fills max_tokens already.", param="max_tokens")
         if tokens >= self._max_context_tokens:
@@ -46,3 +48,13 @@ class Doorkeeper:
         if needed > self._blocks:
             return NoCapacity(f"The KV pool has {self._blocks} blocks, but the request needs {needed}.")
         return None
+
+
+def _chunks_fit(work: Work) -> bool:
+    """The prompt's last token belongs to no chunk: it is always computed."""
+    end = 0
+    for chunk in work.chunks:
+        if chunk.start < end or chunk.count < 1:
+            return False
+        end = chunk.start + chunk.count
+    return bool(work.chunks) and end < work.prompt_tokens and not work.block_hashes
