@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import xxhash
 
+from kv_store.inspection import Finding, Occupancy, PageRow, entry_rows
 from kv_store.news import News
 from kv_store.page import Page, PageBytes, PageFormat, PageId
 from kv_store.tier import Change, TierCounters, TierListener
@@ -112,11 +113,39 @@ class HostTier:
         with self._lock:
             return self._index.hold(key, self._clock() + seconds)
 
+    def occupancy(self) -> Occupancy:
+        with self._lock:
+            return Occupancy(len(self._checksums) * self._format.size_bytes, self._index.used_bytes, len(self._index))
+
+    def keys(self) -> list[bytes]:
+        return [entry.key for entry in self._ready()]
+
+    def rows(self, keys: Sequence[bytes], limit: int) -> list[PageRow]:
+        entries = self._ready()
+        if keys:
+            wanted = frozenset(keys)
+            entries = [entry for entry in entries if entry.key in wanted]
+        return entry_rows(entries, limit, self._clock())
+
+    def check(self, key: bytes) -> Finding:
+        with self._lock:
+            looked_at = self._index.look(key)
+        try:
+            if not looked_at:
+                return "absent"
+            return "good" if self._good(looked_at) else "bad"
+        finally:
+            with self._lock:
+                self._release(self._index.unpin(looked_at))
+
     def close(self) -> None:
         with self._lock:
             self._index.capacity_bytes = 0  # nothing comes in any more
 
     # ---- parts
+
+    def _ready(self) -> list[Entry]:
+        return [entry for entry in self.entries() if entry.state == "ready"]
 
     def _write_one(self, page: Page, content: PageBytes) -> bool:
         size_bytes, now_s = self._format.size_bytes, self._clock()
@@ -151,8 +180,10 @@ class HostTier:
             if xxhash.xxh3_128_digest(self._content(entry.place).data) != self._checksums[entry.place]:
                 self.counters.verify_failures["checksum"] += 1
                 with self._lock:
-                    self._release(self._index.drop(entry.key))
-                    self._gone([entry])
+                    # Dropped meanwhile, it may have been stored anew: that copy is not this one.
+                    if self._index.get(entry.key) is entry:
+                        self._release(self._index.drop(entry.key))
+                        self._gone([entry])
                 self._news.tell()
                 return ordinal
         return len(entries)

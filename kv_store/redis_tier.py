@@ -64,8 +64,8 @@ class RedisTier:
         self.writer = _client(settings, WRITE_TIMEOUT_S)
         self.address = _address(self.reader)
         self._settings = settings
-        self._format = page_format
-        self._prefix = f"{settings.prefix}:{page_format.digest().hex()}:"
+        self.format = page_format
+        self.prefix = f"{settings.prefix}:{page_format.digest().hex()}:"
         self._clock = clock
         self._lock = threading.Lock()
         self._breaker = Breaker(backoff())  # Redis does not answer
@@ -99,13 +99,13 @@ class RedisTier:
             with self._lock:
                 self.counters.hits += good
                 self.counters.misses += len(ids) - good
-                self.counters.bytes_out += good * self._format.size_bytes
+                self.counters.bytes_out += good * self.format.size_bytes
                 self.counters.read_s += self._clock() - started_s
         return good
 
     def write(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> int:
         started_s, here = self._clock(), 0
-        per_batch = max(1, WRITE_BYTES // self._format.size_bytes)
+        per_batch = max(1, WRITE_BYTES // self.format.size_bytes)
         try:
             if pages and self._admitted():
                 for some in _batches(list(zip(pages, contents, strict=True)), per_batch):
@@ -138,6 +138,14 @@ class RedisTier:
         self._worked()
         return memory["used_memory"]
 
+    def operate(self, call: Callable[[redis.Redis], Answer]) -> Answer:
+        """For operators: beside the loads, with the time limits of saves. Raises TierFailed, also while Redis is left alone."""
+        if not self._admitted():
+            raise TierFailed(f"Redis at {self.address} failed a moment ago and is left alone.")
+        answer = self._direct(lambda: call(self.writer))
+        self._worked()
+        return answer
+
     def close(self) -> None:
         self._closed = True
         self.reader.connection_pool.disconnect()  # ends what the threads wait for
@@ -147,7 +155,7 @@ class RedisTier:
     # ---- parts
 
     def _name(self, key: bytes) -> str:
-        return self._prefix + key.hex()
+        return self.prefix + key.hex()
 
     def _here(self, client: redis.Redis, ids: Sequence[PageId]) -> list[bool]:
         """Which pages are there, by their headers. What lies under their names and is no page is dropped."""
@@ -166,7 +174,7 @@ class RedisTier:
 
     def _failure(self, answer: object, page_id: PageId) -> VerifyFailure | None:
         if isinstance(answer, bytes):
-            return header_failure(answer, page_id, self._format)
+            return header_failure(answer, page_id, self.format)
         if isinstance(answer, redis.ResponseError) and not str(answer).startswith("WRONGTYPE"):
             raise answer
         return "header"  # a list or a hash under our name
@@ -180,12 +188,12 @@ class RedisTier:
 
     def _read(self, ids: Sequence[PageId], into: Sequence[PageBytes], deadline_s: float) -> int:
         """Raises TierFailed only where nothing was read."""
-        good, per_call = 0, max(1, READ_BYTES // self._format.size_bytes)
+        good, per_call = 0, max(1, READ_BYTES // self.format.size_bytes)
         try:
             for some in _batches(ids, per_call):
                 values = self._ask(partial(self._values, some), deadline_s)
                 for value in values:
-                    copy_payload(value, self._format, into[good])
+                    copy_payload(value, self.format, into[good])
                     good += 1
                 if len(values) < len(some):
                     break
@@ -203,7 +211,7 @@ class RedisTier:
         for page_id, value in zip(ids, answers, strict=True):
             if value is None:
                 break
-            failure = value_failure(value, page_id, self._format)
+            failure = value_failure(value, page_id, self.format)
             if failure is not None:
                 self._refuse(self.reader, page_id, failure)
                 break
@@ -221,13 +229,13 @@ class RedisTier:
         pipeline = self.writer.pipeline(transaction=False)
         stored_s, ttl_ms = time.time(), max(1, int(self._settings.ttl_s * 1e3))
         for page, content in absent:
-            value = memoryview(pack_value(page.id, self._format, content, stored_s))
+            value = memoryview(pack_value(page.id, self.format, content, stored_s))
             pipeline.set(self._name(page.id.key), value, nx=True, px=ttl_ms)
         answers = pipeline.execute(raise_on_error=False)
         stored = sum(answer is True for answer in answers)
         with self._lock:
             self.counters.stored += stored
-            self.counters.bytes_in += stored * self._format.size_bytes
+            self.counters.bytes_in += stored * self.format.size_bytes
             if any(isinstance(answer, redis.ResponseError) for answer in answers):
                 self._refusal.failed(self._clock())
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -17,6 +18,15 @@ VERSION = 1
 _FIELDS = struct.Struct(f"<8sH{FORMAT_DIGEST_BYTES}s{HASH_BYTES}sQQ16sd")
 _SEAL_BYTES = 8  # xxh3_64 of the fields: every flipped bit of a header shows
 HEADER_BYTES = _FIELDS.size + _SEAL_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderFields:
+    """What a header says of its page, for those who did not ask for one in particular."""
+
+    fingerprint: int
+    payload_bytes: int
+    stored_s: float
 
 
 def pack_value(page_id: PageId, page_format: PageFormat, content: PageBytes, stored_s: float) -> bytearray:
@@ -52,6 +62,14 @@ def header_failure(value: bytes, page_id: PageId, page_format: PageFormat) -> Ve
     if fingerprint != page_id.fingerprint:
         return "fingerprint"
     return None if payload_bytes == page_format.size_bytes else "length"
+
+
+def header_fields(value: bytes) -> HeaderFields | None:
+    """Unverified; None where there is no whole header."""
+    if len(value) < HEADER_BYTES:
+        return None
+    _, _, _, _, fingerprint, payload_bytes, _, stored_s = _FIELDS.unpack_from(value)
+    return HeaderFields(fingerprint, payload_bytes, stored_s)
 
 
 def value_failure(value: bytes, page_id: PageId, page_format: PageFormat) -> VerifyFailure | None:

@@ -151,6 +151,14 @@ class TierIndex:
                 policy.hit(entry.key)
         return entries
 
+    def look(self, key: bytes) -> list[Entry]:
+        """Like `pin`, for one page, and no hit: the policy does not hear of it. Empty if it is not here."""
+        entry = self._entries.get(key)
+        if entry is None or entry.state != "ready":
+            return []
+        entry.refs += 1
+        return [entry]
+
     def unpin(self, entries: Iterable[Entry]) -> list[Entry]:
         """Returns those whose place is free now: they were dropped while they were read."""
         freed: list[Entry] = []

@@ -13,6 +13,7 @@ from kv_store.disk.layout import DiskLimits, layout_of
 from kv_store.disk.shelf import Pinned, Shelf
 from kv_store.disk.volume import Volume
 from kv_store.eviction import EvictionPolicy
+from kv_store.inspection import Finding, Occupancy, PageRow, entry_rows
 from kv_store.news import News
 from kv_store.page import Page, PageBytes, PageFormat, PageId
 from kv_store.tier import TierCounters, TierFailed, TierListener
@@ -125,6 +126,33 @@ class DiskTier:
     def hold(self, key: bytes, seconds: float) -> bool:
         """Keeps a page for so long, whatever the policy says. False if it is not here."""
         return self._shelf.hold(key, self._clock() + seconds)
+
+    def occupancy(self) -> Occupancy:
+        capacity_bytes = self._layout.records * self._layout.record_bytes
+        return Occupancy(capacity_bytes, self._shelf.used_bytes(), self._shelf.pages_held())
+
+    def keys(self) -> list[bytes]:
+        return [entry.key for entry in self._shelf.entries()]
+
+    def rows(self, keys: Sequence[bytes], limit: int) -> list[PageRow]:
+        entries = self._shelf.entries()
+        if keys:
+            wanted = frozenset(keys)
+            entries = [entry for entry in entries if entry.key in wanted]
+        return entry_rows(entries, limit, self._clock())
+
+    def check(self, key: bytes) -> Finding:
+        """Reads the page as a load would. Raises TierFailed, also while the disk is left alone."""
+        if self._loads.off(self._clock()):
+            raise TierFailed("The disk failed a moment ago and is left alone.")
+        looked_at = self._shelf.look(key)
+        try:
+            if not looked_at:
+                return "absent"
+            return "good" if self._read_run(looked_at, [self._format.empty()]) else "bad"
+        finally:
+            self._shelf.unpin(looked_at)
+            self._news.tell()
 
     def close(self) -> None:
         """Calls that are under way end first; nothing comes in any more."""

@@ -177,11 +177,12 @@ class Shelf:
 
     def pin(self, ids: Sequence[PageId], now_s: float) -> list[Pinned]:
         with self._lock:
-            pinned = [] if self._shut else [Pinned(entry, entry.place) for entry in self._index.pin(ids, now_s)]
-            self._pins += len(pinned)
-            for each in pinned:
-                self._table.reading(each.place)
-        return pinned
+            return [] if self._shut else self._pinned(self._index.pin(ids, now_s))
+
+    def look(self, key: bytes) -> list[Pinned]:
+        """Like `pin`, for one page, and no hit."""
+        with self._lock:
+            return [] if self._shut else self._pinned(self._index.look(key))
 
     def unpin(self, pinned: Sequence[Pinned]) -> None:
         with self._lock:
@@ -228,6 +229,10 @@ class Shelf:
     def used_bytes(self) -> int:
         return self._index.used_bytes
 
+    def pages_held(self) -> int:
+        with self._lock:
+            return len(self._index)
+
     def entries(self) -> list[Entry]:
         with self._lock:
             return [entry for entry in self._index if entry.state == "ready"]
@@ -256,6 +261,13 @@ class Shelf:
         return news
 
     # ---- parts
+
+    def _pinned(self, entries: Iterable[Entry]) -> list[Pinned]:
+        pinned = [Pinned(entry, entry.place) for entry in entries]
+        self._pins += len(pinned)
+        for each in pinned:
+            self._table.reading(each.place)
+        return pinned
 
     def _next_sequence(self) -> int:
         self._sequence += 1
