@@ -27,7 +27,7 @@ from service_kit.config import EngineConfig, ModelConfig
 
 CHUNK, QUESTION, PAGE = 256, 32, 16
 LENGTHS = {"quick": (128, 512, 2048), "full": (64, 128, 256, 512, 1024, 2048, 4096, 8192)}
-ROUNDS = {"quick": 3, "full": 5}
+ROUNDS = {"quick": 3, "full": 3}
 RATIOS = (0.05, 0.15, 0.2)
 WHOLE = "whole prefill by our engine"
 
