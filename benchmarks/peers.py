@@ -41,7 +41,8 @@ PEER_MODULES = {"vllm": "vllm", "llama": "llama_cpp", "openvino": "openvino_gena
 NOTES = (
     "ratio: of us to the one named, above 1 = we are better; of a floor it is the share of the floor's speed that we reach",
     "pdserve: whole engine step, scheduling and sampling included; transformers: forward pass and argmax, unchunked",
-    "vLLM, OpenVINO GenAI: whole engine step in one process, prefix caching off; OpenVINO: nothing quantised, KV cache neither",
+    "vLLM, OpenVINO GenAI: whole engine step in one process, prefix caching off; OpenVINO: nothing quantised, KV cache neither;"
+    " where the CPU has no bf16 units it computes in float32 whatever is asked for (settings: computes)",
     "llama.cpp: llama_decode over a batch and numpy's argmax, one cache stream per sequence, cache of the weights' type",
     "all: one thread bound to each of the same cores",
     "GEMM floors: torch's linears of one step alone, in that dtype; above 1 where another form of product beats them, as in a bf16"
@@ -130,7 +131,7 @@ def measure_dtype(plan: Plan, dtype: Dtype, settings: dict[str, Setting]) -> lis
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder, ExitStack() as stack:
         contenders = Contenders(plan, dtype, Path(folder), stack)
         for peer, running in contenders.peers.items():
-            settings |= {f"{peer}_{name}": value for name, value in running.settings.items() if name != "kv_cache"}
+            settings |= {f"{dtype}: {peer} {name}": value for name, value in running.settings.items()}
         agreed = contenders.agreement()
         settings |= {f"{dtype}: tokens of {CHECKED_OUTPUT} as {name}": value for name, value in agreed.items()}
         names = [contender.name for contender in contenders.decoding]
