@@ -23,6 +23,7 @@ class NodeControl:
 
     set_roles: Callable[[frozenset[RoleName]], None]
     drain: Callable[[float, Callable[[], None]], None]  # deadline_s, called when drained
+    kv_command: Callable[[worker_pb2.KvCommand, Callable[[worker_pb2.CommandResult], None]], None]  # called when done
 
 
 class CommandRouter:
@@ -46,6 +47,7 @@ class CommandRouter:
             "drain": self._drain,
             "adopt": self._adopt,
             "kv_snapshot": self._kv_snapshot,
+            "kv_command": self._kv_command,
         }
 
     def handle(self, controller_id: str, request: worker_pb2.SessionRequest) -> None:
@@ -93,6 +95,12 @@ class CommandRouter:
 
     def _kv_snapshot(self, controller_id: str, request: worker_pb2.SessionRequest) -> None:
         self._hub.kv_snapshot(controller_id)
+
+    def _kv_command(self, controller_id: str, request: worker_pb2.SessionRequest) -> None:
+        def reply(result: worker_pb2.CommandResult) -> None:
+            self._hub.tell(controller_id, worker_pb2.SessionResponse(result=result))
+
+        self._control.kv_command(request.kv_command, reply)
 
     def _set_roles(self, controller_id: str, request: worker_pb2.SessionRequest) -> None:
         self._control.set_roles(roles_from_proto(request.set_roles.roles))

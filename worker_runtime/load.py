@@ -23,6 +23,7 @@ class LoadBoard:
         self._holding = holding
         self._last = Load(0, blocks_total, blocks_total, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0)
         self._receiver: Callable[[], ReceiverFigures] = ReceiverFigures
+        self._add_tiers: Callable[[worker_pb2.LoadReport], None] = lambda report: None
 
     @property
     def last(self) -> Load:
@@ -34,9 +35,12 @@ class LoadBoard:
     def count_with(self, receiver: Callable[[], ReceiverFigures]) -> None:
         self._receiver = receiver
 
+    def add_tiers_with(self, add_tiers: Callable[[worker_pb2.LoadReport], None]) -> None:
+        self._add_tiers = add_tiers
+
     def report(self) -> worker_pb2.LoadReport:
         load, receiver = self._last, self._receiver()
-        return worker_pb2.LoadReport(
+        report = worker_pb2.LoadReport(
             engine_step=load.step,
             blocks_total=load.blocks_total,
             blocks_free=load.blocks_free,
@@ -55,3 +59,5 @@ class LoadBoard:
             expired_leases=receiver.expired_leases,
             resident_bytes=load.resident_bytes,
         )
+        self._add_tiers(report)
+        return report

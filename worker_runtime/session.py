@@ -18,6 +18,7 @@ from pdserve.v1 import worker_pb2
 from worker_runtime.kv_index import KvIndex
 from worker_runtime.replay import ReplayBuffer, ReplayOverflow
 
+ASIDES_HELD = 32  # of one stream; the oldest go first
 KV_BYTES_HELD = 2**20  # of one stream's KV events; beyond it the controller gets a snapshot instead
 PAST_SESSIONS = 1024
 DEVICE_TIER = "device"
@@ -42,6 +43,7 @@ class SessionStream:
     kv_snapshot_due: bool = True
     kv_events: deque[worker_pb2.KvEvent] = field(default_factory=deque)
     kv_bytes: int = 0
+    asides: deque[worker_pb2.SessionResponse] = field(default_factory=lambda: deque(maxlen=ASIDES_HELD))
     error: PdserveError | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -135,6 +137,13 @@ class SessionHub:
             session.stream.wake()
         return sequence
 
+    def tell(self, controller_id: str, response: worker_pb2.SessionResponse) -> None:
+        """Like `report`, for what may be lost with the stream: whoever asked for it asks again."""
+        session = self._sessions.get(controller_id)
+        if session is not None and session.stream is not None:
+            session.stream.asides.append(response)
+            session.stream.wake()
+
     def acknowledge(self, controller_id: str, sequence: int) -> None:
         session = self._sessions.get(controller_id)
         if session is not None:
@@ -166,6 +175,8 @@ class SessionHub:
         while (entry := replay.after(stream.cursor)) is not None:
             stream.cursor = entry.sequence
             yield entry.item
+        while stream.asides:
+            yield stream.asides.popleft()
         if stream.load_due:
             stream.load_due = False
             yield worker_pb2.SessionResponse(load=self._load())

@@ -32,6 +32,7 @@ from worker_runtime.session import SessionHub
 from worker_runtime.session_service import SessionService
 from worker_runtime.snapshots import held_dispatches
 from worker_runtime.task_owner import TaskOwner
+from worker_runtime.tier_desk import TierDesk
 from worker_runtime.work_entrance import DirectEntrance, WorkEntrance
 
 SWEEP_S = 0.1
@@ -79,9 +80,11 @@ class WorkerNode:
         )
         self._tasks = TaskOwner()
         self._tiers: PageTiers | None = None
+        self._tier_desk = TierDesk(link, self._tasks)
         if open_store is not None:
             store = open_store(page_format(link.ready), TierNews(self._hub, asyncio.get_running_loop()))
             self._tiers = PageTiers(store, link, config.store, self._tasks, on_device.__contains__)
+            self._tier_desk.attach(store, self._tiers.figures)
         self._entrance: WorkEntrance = self._tiers or DirectEntrance(link)
         side = kv_side(link.ready, settings.worker_id, settings.incarnation, link)
         to_workers = worker_credentials(config.security)
@@ -89,6 +92,7 @@ class WorkerNode:
             side, transports, config.transfer, link, lambda address: open_channel(address, to_workers)
         )
         self._load.count_with(self._kv.figures)
+        self._load.add_tiers_with(self._tier_desk.report_into)
         self._reports = DispatchReports(self._dispatches, self._hub, self._load.report)
         self._events = EventRouter(self._dispatches, self._reports, self._load, self._hub, self._entrance)
         self._grpc = GrpcEndpoint(config)
@@ -163,6 +167,7 @@ class WorkerNode:
     async def close(self) -> None:
         """Ends every task, endpoint and the engine; idempotent."""
         await self._grpc.close(CLOSE_GRACE_S)
+        self._tier_desk.close()
         await self._tasks.close()
         await self._kv.close()
         await self._link.close()
@@ -184,7 +189,7 @@ class WorkerNode:
         self._roles = [factory(context) for factory in roles]
         handlers = {name: handler for role in self._roles for name, handler in role.commands().items()}
         self._commands = CommandRouter(
-            context, self._hub, handlers, NodeControl(self._set_roles, self.drain), self._clock
+            context, self._hub, handlers, NodeControl(self._set_roles, self.drain, self._tier_desk.handle), self._clock
         )
         self._set_roles(self._holding.roles)
         await self._grpc.start(SessionService(self._hub, self._commands, self._snapshot), self._kv.receiver)

@@ -36,6 +36,7 @@ class SessionTwin:
         self.events: list[worker_pb2.SessionResponse] = []  # each sequence once
         self.loads: list[worker_pb2.LoadReport] = []
         self.kv: list[worker_pb2.KvEvents] = []
+        self.answers: list[worker_pb2.CommandResult] = []  # those that are not replayed
         self.repeated = 0
         self.status: grpc.StatusCode | None = None  # with which the last stream ended
         self._last = 0
@@ -157,6 +158,8 @@ class SessionTwin:
                     self.acknowledge()
             case "kv":
                 self.kv.append(response.kv)
+            case "result" if not response.sequence:
+                self.answers.append(response.result)
             case _:
                 self._take_sequenced(response)
         self._news.set()

@@ -7,7 +7,7 @@ import pytest
 from pdserve.errors import Overloaded, Unavailable
 from pdserve.v1 import worker_pb2
 from worker_runtime.kv_index import HASHES_PER_EVENT, KvIndex
-from worker_runtime.session import KV_BYTES_HELD, SessionHub, SessionStream
+from worker_runtime.session import ASIDES_HELD, KV_BYTES_HELD, SessionHub, SessionStream
 
 BUFFER_BYTES = 4096
 
@@ -111,3 +111,17 @@ async def test_a_controller_that_reads_no_kv_events_gets_a_snapshot_in_their_pla
     assert b"".join(event.block_hashes for event in events[1:]) == block_hashes
     assert all(len(event.block_hashes) <= 32 * HASHES_PER_EVENT for event in events)
     assert late[0].first_sequence == kv[-1].first_sequence + len(kv[-1].events)
+
+
+async def test_what_is_told_aside_is_not_numbered_not_replayed_and_bounded() -> None:
+    hub = open_hub()
+    hub.tell("c0", failure("before any session"))
+    stream = hub.attach("c0")
+    for number in range(ASIDES_HELD + 3):
+        hub.tell("c0", failure(str(number)))
+    told = [response for response in hub.drain(stream) if response.WhichOneof("event") == "failed"]
+    assert [response.failed.message for response in told] == [str(number) for number in range(3, ASIDES_HELD + 3)]
+    assert all(response.sequence == 0 for response in told)
+    hub.tell("c0", failure("late"))
+    again = hub.attach("c0")
+    assert not [response for response in hub.drain(again) if response.WhichOneof("event") == "failed"]
