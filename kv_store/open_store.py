@@ -21,7 +21,7 @@ from service_kit.config import StoreConfig
 
 @dataclass(frozen=True, slots=True)
 class StorePlace:
-    """disk_dir: of this worker alone; each page format has a directory of its own below it."""
+    """disk_dir: of this worker alone."""
 
     disk_dir: Path
     redis_password: str = field(default="", repr=False)
@@ -37,8 +37,7 @@ def open_store(
     lower: list[PageTier] = []
     if config.disk_bytes:
         limits = DiskLimits(config.disk_bytes, config.ttl_s, config.tenant_bytes)
-        mount = posix_mount(place.disk_dir / page_format.digest().hex())
-        lower.append(DiskTier(mount, page_format, limits, policy(), listener_of("disk")))
+        lower.append(DiskTier(posix_mount(place.disk_dir), page_format, limits, policy(), listener_of("disk")))
     if config.redis_url:
         settings = RedisSettings(config.redis_url, place.redis_password, config.ttl_s)
         lower.append(RedisTier(settings, page_format))

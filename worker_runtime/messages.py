@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from engine import protocol
 from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES
@@ -14,6 +15,11 @@ MAX_WORK_TOKENS = 4 * 2**20
 MAX_LIST_ITEMS = 4096  # logit_bias, stop ids
 MAX_NAME_CHARS = 256
 MAX_LOGPROBS = 1024
+MAX_CHUNKS = 1024
+_BLEND_METHODS: dict[worker_pb2.Blend.Method.ValueType, Literal["blend", "epic"]] = {
+    worker_pb2.Blend.METHOD_BLEND: "blend",
+    worker_pb2.Blend.METHOD_EPIC: "epic",
+}
 
 
 def dispatch_from_proto(message: types_pb2.DispatchId) -> protocol.Dispatch:
@@ -46,7 +52,25 @@ def work_from_proto(message: worker_pb2.Work) -> protocol.Work:
         sampling=sampling_from_proto(message.sampling),
         block_hashes=message.block_hashes,
         priority=message.priority,
+        chunks=tuple(_chunk(chunk, message.prompt_tokens) for chunk in message.chunks),
+        blend=_blend(message) if message.HasField("blend") else None,
     )
+
+
+def _chunk(message: worker_pb2.Chunk, prompt_tokens: int) -> protocol.ChunkSpan:
+    units = -(-message.count // HASH_UNIT_TOKENS)
+    _check(0 < message.count <= prompt_tokens, "chunks", "must lie inside the prompt")
+    _check(len(message.keys) == units * HASH_BYTES, "chunks.keys", "must hold one key per unit of 16 tokens")
+    return protocol.ChunkSpan(message.start, message.count, message.keys)
+
+
+def _blend(work: worker_pb2.Work) -> protocol.BlendSpec:
+    message = work.blend
+    _check(0 < len(work.chunks) <= MAX_CHUNKS, "chunks", f"must be 1 to {MAX_CHUNKS} where KV is blended")
+    _check(not work.block_hashes, "block_hashes", "must be empty where KV is blended: it is approximate")
+    _check(message.method in _BLEND_METHODS, "blend.method", "is unknown")
+    _check(0 <= message.ratio <= 1, "blend.ratio", "must lie in 0 .. 1")
+    return protocol.BlendSpec(_BLEND_METHODS[message.method], message.ratio, message.first_tokens)
 
 
 def sampling_from_proto(message: types_pb2.SamplingParams) -> protocol.Sampling:

@@ -25,6 +25,7 @@ import numpy as np
 from engine.prefix_index import KeyChain, PageKey
 from engine.protocol import (
     Cancel,
+    ChunkSpan,
     Dispatch,
     EngineReady,
     KvOffered,
@@ -37,10 +38,10 @@ from engine.protocol import (
     Work,
 )
 from kv_store.page import Page, PageBytes, PageFormat, PageId
-from kv_store.split import Speed, Split, best_split
+from kv_store.split import Speed, best_split
 from kv_store.tier import Change, TierListener
 from kv_store.tiered_store import LoadReport, TieredStore
-from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, fingerprint_seed
+from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, fingerprint_seed, padded_chunk
 from pdserve.errors import PdserveError, WorkerLost
 from service_kit.config import StoreConfig
 from service_kit.logs import get_logger
@@ -67,6 +68,17 @@ class LoadFigures:
     not_worth_it: int = 0
     offers_skipped: int = 0
     load_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Whole pages that may be loaded one after the other: the beginning of a prompt, or a chunk. keys: of its hash units. in_parts:
+    the first of them are worth loading without the others."""
+
+    token_ids: bytes
+    keys: bytes
+    pages: list[PageKey]
+    in_parts: bool
 
 
 @dataclass(slots=True)
@@ -159,12 +171,12 @@ class PageTiers:
 
     def submit(self, command: Submit) -> None:
         """Sends `command` to the engine, once what the tiers have of its prompt is loaded, or at the deadline."""
-        pages = self._missing_pages(command.work)
-        if not pages:
+        stretches = self._missing(command.work)
+        if not stretches:
             self._engine.send(command)
             return
         self._waiting[command.work.dispatch] = _Waiting()
-        self._tasks.spawn(self._load_and_submit(command, pages), lambda error: self._load_failed(command, error))
+        self._tasks.spawn(self._load_and_submit(command, stretches), lambda error: self._load_failed(command, error))
 
     def cancel_choices(self, dispatch: Dispatch, choices: tuple[int, ...]) -> None:
         """Cancels some choices of a dispatch, after its Submit."""
@@ -192,39 +204,55 @@ class PageTiers:
 
     # ---- parts
 
-    def _missing_pages(self, work: Work) -> list[PageKey]:
-        """The keys of the pages that may be reused, if some of them are not on the device. Else none."""
-        if not work.block_hashes or work.sampling.prompt_logprobs is not None:
+    def _missing(self, work: Work) -> list[_Stretch]:
+        """What may be reused of the prompt and is not on the device, as far as this process knows."""
+        if work.sampling.prompt_logprobs is not None:
             return []
+        stretches = [self._chunk(work, chunk) for chunk in work.chunks] if work.blend else [self._prefix(work)]
+        return [stretch for stretch in stretches if stretch.pages and not self._holds(stretch.pages[-1].key)]
+
+    def _prefix(self, work: Work) -> _Stretch:
         # The last token is always computed, for its logits; pages beyond the given keys are looked up by nobody.
         given_tokens = len(work.block_hashes) // HASH_BYTES * HASH_UNIT_TOKENS
         count = min(len(work.token_ids) // TOKEN_BYTES - 1, given_tokens) // self._page_tokens
-        last_key = work.block_hashes[(count * self._page_tokens // HASH_UNIT_TOKENS - 1) * HASH_BYTES :][:HASH_BYTES]
-        if not count or self._holds(last_key):
-            return []
-        chain = KeyChain(self._page_tokens, work.block_hashes, self._seed)
-        return chain.pages(array("i", work.token_ids), count)
+        return self._stretch(work.token_ids, work.block_hashes, count, in_parts=True)
 
-    async def _load_and_submit(self, command: Submit, pages: list[PageKey]) -> None:
-        held = next((at for at, page in enumerate(pages) if not self._holds(page.key)), len(pages))
-        ids = [PageId(page.key, page.fingerprint) for page in pages]
+    def _chunk(self, work: Work, chunk: ChunkSpan) -> _Stretch:
+        content = work.token_ids[chunk.start * TOKEN_BYTES : (chunk.start + chunk.count) * TOKEN_BYTES]
+        padded = padded_chunk(content, self._page_tokens)
+        return self._stretch(padded, chunk.keys, len(padded) // TOKEN_BYTES // self._page_tokens, in_parts=False)
+
+    def _stretch(self, token_ids: bytes, keys: bytes, count: int, *, in_parts: bool) -> _Stretch:
+        tokens = array("i", token_ids[: count * self._page_tokens * TOKEN_BYTES])
+        pages = KeyChain(self._page_tokens, keys, self._seed).pages(tokens, count)
+        return _Stretch(tokens.tobytes(), keys, pages, in_parts)
+
+    async def _load_and_submit(self, command: Submit, stretches: Sequence[_Stretch]) -> None:
+        deadline_s = time.monotonic() + self._config.load_deadline_s
+        for stretch in stretches:
+            await self._load_stretch(stretch, deadline_s)
+        self._enter(command)
+
+    async def _load_stretch(self, stretch: _Stretch, deadline_s: float) -> None:
+        held = next((at for at, page in enumerate(stretch.pages) if not self._holds(page.key)), len(stretch.pages))
+        ids = [PageId(page.key, page.fingerprint) for page in stretch.pages]
         self.figures.queried_tokens += (len(ids) - held) * self._page_tokens
         loop = asyncio.get_running_loop()
         runs = await loop.run_in_executor(self._loaders, self._store.locate, ids[held:])
-        if runs:
-            split = best_split(runs, len(ids) - held, self._store.speeds, self.compute.page_s)
-            if split.load_pages:
-                await self._load(command.work, ids[: held + split.load_pages], split)
-            else:
-                self.figures.not_worth_it += 1
-        self._enter(command)
+        if not runs:
+            return
+        split = best_split(runs, len(ids) - held, self._store.speeds, self.compute.page_s)
+        if split.load_pages and (stretch.in_parts or held + split.load_pages == len(ids)):
+            await self._load(stretch, ids[: held + split.load_pages], deadline_s)
+        else:
+            self.figures.not_worth_it += 1
 
-    async def _load(self, work: Work, ids: Sequence[PageId], split: Split) -> None:
-        deadline_s = time.monotonic() + self._config.load_deadline_s
-        opened = await self._open(work, len(ids), deadline_s)
+    async def _load(self, stretch: _Stretch, ids: Sequence[PageId], deadline_s: float) -> None:
+        opened = await self._open(stretch, len(ids), deadline_s)
         if opened is None or not opened.blocks:
             self.figures.no_room += 1
-            self._send(PagesLoaded(opened.load_id, 0)) if opened is not None else None
+            if opened is not None:
+                self._send(PagesLoaded(opened.load_id, 0))
             return
         into = [self._arena[:, block] for block in opened.blocks]
         loop = asyncio.get_running_loop()
@@ -235,12 +263,12 @@ class PageTiers:
         self.figures.load_s += time.monotonic() - started_s
         self.figures.late += not loading.done() or loading.result().late
 
-    async def _open(self, work: Work, pages: int, deadline_s: float) -> PagesOpened | None:
+    async def _open(self, stretch: _Stretch, pages: int, deadline_s: float) -> PagesOpened | None:
         load_id, self._next_load = self._next_load, self._next_load + 1
         waiter: asyncio.Future[PagesOpened] = asyncio.get_running_loop().create_future()
         self._opened[load_id] = waiter
-        token_ids = work.token_ids[: pages * self._page_tokens * TOKEN_BYTES]
-        self._engine.send(LoadPages(load_id, token_ids, work.block_hashes))
+        token_ids = stretch.token_ids[: pages * self._page_tokens * TOKEN_BYTES]
+        self._engine.send(LoadPages(load_id, token_ids, stretch.keys))
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline_s - time.monotonic()):
                 return await waiter

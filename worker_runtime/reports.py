@@ -54,6 +54,7 @@ class DispatchReports:
                 started=worker_pb2.DispatchStarted(
                     dispatch=dispatch_to_proto(event.dispatch),
                     cached_tokens=event.cached_tokens,
+                    blended_tokens=event.blended_tokens,
                     queue_us=event.queue_us,
                 )
             ),

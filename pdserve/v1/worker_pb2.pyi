@@ -241,13 +241,15 @@ class Work(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    BLEND_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """for logs and traces"""
     token_ids: _builtins.bytes
     """little-endian int32"""
     prompt_tokens: _builtins.int
     block_hashes: _builtins.bytes
-    """chained SHA-256 keys of the full 16-token units, 32 bytes each"""
+    """chained SHA-256 keys of the full 16-token units, 32 bytes each; empty where KV is blended"""
     priority: _builtins.int
     @_builtins.property
     def dispatch(self) -> _types_pb2.DispatchId: ...
@@ -257,6 +259,12 @@ class Work(_message.Message):
     def sampling(self) -> _types_pb2.SamplingParams:
         """seed and max_tokens always set; max_tokens counts from prompt_tokens"""
 
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chunk]:
+        """in order, disjoint, inside the prompt; with `blend`"""
+
+    @_builtins.property
+    def blend(self) -> Global___Blend: ...
     def __init__(
         self,
         *,
@@ -268,14 +276,92 @@ class Work(_message.Message):
         sampling: _types_pb2.SamplingParams | None = ...,
         block_hashes: _builtins.bytes = ...,
         priority: _builtins.int = ...,
+        chunks: _abc.Iterable[Global___Chunk] | None = ...,
+        blend: Global___Blend | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "dispatch", b"dispatch", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "choices", b"choices", "dispatch", b"dispatch", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "block_hashes", b"block_hashes", "choices", b"choices", "chunks", b"chunks", "dispatch", b"dispatch", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Work: _TypeAlias = Work  # noqa: Y015
+
+@_typing.final
+class Chunk(_message.Message):
+    """Tokens [start, start + count) of the prompt, whose KV may come from where they stood before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    count: _builtins.int
+    keys: _builtins.bytes
+    """by content, of its 16-token units, the last one filled up, 32 bytes each"""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        count: _builtins.int = ...,
+        keys: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "keys", b"keys", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
+
+@_typing.final
+class Blend(_message.Message):
+    """The KV of the prompt is approximate: that of its chunks, computed alone, with some of their tokens computed anew."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Method:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Blend._Method.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        METHOD_UNSPECIFIED: Blend._Method.ValueType  # 0
+        METHOD_BLEND: Blend._Method.ValueType  # 1
+        """the tokens whose KV deviates most"""
+        METHOD_EPIC: Blend._Method.ValueType  # 2
+        """the first tokens of each chunk"""
+
+    class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
+    METHOD_UNSPECIFIED: Blend.Method.ValueType  # 0
+    METHOD_BLEND: Blend.Method.ValueType  # 1
+    """the tokens whose KV deviates most"""
+    METHOD_EPIC: Blend.Method.ValueType  # 2
+    """the first tokens of each chunk"""
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    method: Global___Blend.Method.ValueType
+    ratio: _builtins.float
+    """METHOD_BLEND: share of the chunks' tokens, 0 .. 1"""
+    first_tokens: _builtins.int
+    """METHOD_EPIC"""
+    def __init__(
+        self,
+        *,
+        method: Global___Blend.Method.ValueType = ...,
+        ratio: _builtins.float = ...,
+        first_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_tokens", b"first_tokens", "method", b"method", "ratio", b"ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Blend: _TypeAlias = Blend  # noqa: Y015
 
 @_typing.final
 class Reserve(_message.Message):
@@ -806,8 +892,11 @@ class DispatchStarted(_message.Message):
     DISPATCH_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_US_FIELD_NUMBER: _builtins.int
+    BLENDED_TOKENS_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     queue_us: _builtins.int
+    blended_tokens: _builtins.int
+    """of chunks whose KV is blended"""
     @_builtins.property
     def dispatch(self) -> _types_pb2.DispatchId: ...
     def __init__(
@@ -816,10 +905,11 @@ class DispatchStarted(_message.Message):
         dispatch: _types_pb2.DispatchId | None = ...,
         cached_tokens: _builtins.int = ...,
         queue_us: _builtins.int = ...,
+        blended_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "dispatch", b"dispatch", "queue_us", b"queue_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blended_tokens", b"blended_tokens", "cached_tokens", b"cached_tokens", "dispatch", b"dispatch", "queue_us", b"queue_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
