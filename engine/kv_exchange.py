@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from engine.block_tables import BlockTables, Table
 from engine.kv_memory import KvMemory
@@ -32,7 +32,7 @@ class KvExchange:
             case LoadPages():
                 opened = self._loads.open(command, spare)
                 if opened is not None:
-                    self._sink.emit(opened)
+                    self._once_in_arena(opened.held, lambda: self._sink.emit(opened))
             case PagesLoaded():
                 self._loads.end(command, self._memory.absorb)
 
@@ -46,14 +46,18 @@ class KvExchange:
             self._sink.emit(news)
         offered, skipped = self._tables.offers.take()
         if offered or skipped:
-            self._offer(KvOffered(offered, skipped))
+            event = KvOffered(offered, skipped)
+            self._once_in_arena([page.block for page in offered], lambda: self._sink.emit(event))
 
-    def _offer(self, event: KvOffered) -> None:
-        """Tells it once the arena holds the last layer of its pages."""
-        blocks, last = [page.block for page in event.pages], self._layers - 1
+    def _once_in_arena(self, blocks: Sequence[int], tell: Callable[[], None]) -> None:
+        """Tells it once the arena holds the last layer of `blocks`."""
+        if not blocks:
+            tell()
+            return
+        last = self._layers - 1
         for layer in range(last):
             self._memory.publish(layer, blocks, _untold)
-        self._memory.publish(last, blocks, lambda: self._sink.emit(event))
+        self._memory.publish(last, blocks, tell)
 
 
 def _untold() -> None:

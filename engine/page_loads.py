@@ -35,7 +35,11 @@ class PageLoads:
         table = self._tables.open(tokens, chain, len(tokens), spare) if command.block_hashes and pages else None
         first_page = table.stored if table is not None else 0
         self._open[command.load_id] = _OpenLoad(tokens, table, first_page)
-        return PagesOpened(command.load_id, first_page, tuple(table.blocks[first_page:]) if table is not None else ())
+        if table is None:
+            return PagesOpened(command.load_id, 0, ())
+        fresh, held = tuple(table.blocks[first_page:]), tuple(table.blocks[:first_page])
+        generations = tuple(self._tables.pool.generation(block) for block in fresh)
+        return PagesOpened(command.load_id, first_page, fresh, generations, held if command.mode == "lend" else ())
 
     def end(self, command: PagesLoaded, absorb: Callable[[list[int]], None]) -> None:
         """Good pages enter the index, the other blocks are free again. Unknown loads change nothing."""

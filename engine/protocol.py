@@ -154,11 +154,13 @@ class PagesSaved(msgspec.Struct, frozen=True, tag="pages_saved", array_like=True
 
 class LoadPages(msgspec.Struct, frozen=True, tag="load_pages", array_like=True):
     """Open blocks for the full pages of `token_ids` that the prefix index lacks. Answered at once by PagesOpened; they stay
-    reserved until PagesLoaded. token_ids, block_hashes: as in Work."""
+    reserved until PagesLoaded, and the pages that the index has keep their blocks. token_ids, block_hashes: as in Work.
+    "lend": the pages are for a peer, so the answer, which comes once the arena holds them, names the blocks of all of them."""
 
     load_id: int
     token_ids: bytes
     block_hashes: bytes
+    mode: Literal["load", "lend"] = "load"
 
 
 class PagesLoaded(msgspec.Struct, frozen=True, tag="pages_loaded", array_like=True):
@@ -336,11 +338,14 @@ class KvOffered(msgspec.Struct, frozen=True, tag="kv_offered", array_like=True):
 
 class PagesOpened(msgspec.Struct, frozen=True, tag="pages_opened", array_like=True):
     """Pages [0, first_page) are in the pool already; `blocks` wait for those after them. Empty: there is no room, or nothing to
-    load; PagesLoaded must follow all the same."""
+    load; PagesLoaded must follow all the same. generations: owner numbers of `blocks`, as in Reserved. held: where those in the
+    pool lie, if they are lent."""
 
     load_id: int
     first_page: int
     blocks: tuple[int, ...]
+    generations: tuple[int, ...] = ()
+    held: tuple[int, ...] = ()
 
 
 class Load(msgspec.Struct, frozen=True, tag="load", array_like=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -35,9 +36,9 @@ def offers(recorder: Recorder) -> list[OfferedPage]:
     return [page for event in recorder.of(KvOffered) for page in event.pages]
 
 
-def load_command(load_id: int = 1) -> LoadPages:
+def load_command(load_id: int = 1, mode: Literal["load", "lend"] = "load") -> LoadPages:
     ids = work(9, PROMPT).token_ids
-    return LoadPages(load_id, ids, chain_hashes(bytes(32), ids))
+    return LoadPages(load_id, ids, chain_hashes(bytes(32), ids), mode)
 
 
 def computed_and_saved(engine: NativeEngine, recorder: Recorder) -> dict[bytes, torch.Tensor]:
@@ -145,3 +146,54 @@ def test_a_load_for_which_there_is_no_room_opens_nothing(model_dir: Path) -> Non
     engine.handle(PagesLoaded(1, 0))
     assert_all_free(engine)
     engine.close()
+
+
+def test_pages_that_are_lent_are_named_and_outlive_the_cache_until_they_come_back(
+    native: tuple[NativeEngine, Recorder],
+) -> None:
+    engine, recorder = native
+    engine.handle(Submit(work(1, PROMPT), "generate"))
+    finish(engine)
+    engine.handle(load_command(mode="lend"))
+    (opened,) = recorder.of(PagesOpened)
+    assert (opened.first_page, opened.blocks) == (PAGES, ())
+    lent = pool_of(engine)[:, list(opened.held)].clone()
+    engine.handle(ClearPrefixCache())
+    engine.handle(Submit(work(2, [token + 1 for token in PROMPT]), "generate"))
+    finish(engine)
+    assert torch.equal(pool_of(engine)[:, list(opened.held)], lent)
+    assert engine.load().blocks_total - engine.load().blocks_free == PAGES
+    engine.handle(PagesLoaded(1, 0))
+    assert_all_free(engine)
+
+
+def test_pages_that_are_lent_enter_the_index_when_they_come_back(native: tuple[NativeEngine, Recorder]) -> None:
+    engine, recorder = native
+    saved = computed_and_saved(engine, recorder)
+    pool_of(engine).fill_(0)
+    engine.handle(load_command(mode="lend"))
+    (opened,) = recorder.of(PagesOpened)
+    assert (opened.held, len(opened.blocks), len(opened.generations)) == ((), PAGES, PAGES)
+    for block, content in zip(opened.blocks, saved.values(), strict=False):
+        pool_of(engine)[:, block] = content
+    engine.handle(PagesLoaded(1, PAGES))
+    engine.handle(Submit(work(2, PROMPT), "generate"))
+    finish(engine)
+    assert recorder.of(Started, 2)[0].cached_tokens == 16 * PAGES
+    assert recorder.tokens(2) == recorder.tokens(1)
+    engine.handle(PagesSaved(tuple(page.block for page in offers(recorder))))
+
+
+def test_the_generation_of_an_opened_block_rises_with_each_owner(native: tuple[NativeEngine, Recorder]) -> None:
+    engine, recorder = native
+    for load_id in (1, 2):
+        engine.handle(load_command(load_id))
+        engine.handle(PagesLoaded(load_id, 0))
+    first, second = recorder.of(PagesOpened)
+    owners = dict(zip(first.blocks, first.generations, strict=True))
+    assert all(
+        generation > owners[block]
+        for block, generation in zip(second.blocks, second.generations, strict=True)
+        if block in owners
+    )
+    assert set(owners) & set(second.blocks)
