@@ -59,6 +59,14 @@ class BlendSpec(msgspec.Struct, frozen=True, array_like=True):
     first_tokens: int
 
 
+class KvSource(msgspec.Struct, frozen=True, array_like=True):
+    """A worker that holds the KV of the first `tokens` tokens of a prompt, as far as the controller knows. address: gRPC."""
+
+    worker_id: str
+    address: str
+    tokens: int
+
+
 class Work(msgspec.Struct, frozen=True, array_like=True):
     """One dispatch: all its choices share `token_ids`.
 
@@ -66,6 +74,7 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
     block_hashes: chained keys of the full 16-token units of `token_ids`, 32 bytes each.
     blend: its KV is approximate, made of `chunks` where that saves time. Such work carries no block_hashes: nothing of it enters the
     prefix index, here or at the decode worker.
+    source: where more of its KV lies than here; for the io process, engines do not look at it.
     """
 
     dispatch: Dispatch
@@ -78,6 +87,8 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
     priority: int = 0
     chunks: tuple[ChunkSpan, ...] = ()  # in order, disjoint, inside the prompt
     blend: BlendSpec | None = None
+    tenant: bytes = b""  # digest that quotas of the tiers are counted by
+    source: KvSource | None = None
 
 
 # ---- commands, io -> engine
@@ -160,6 +171,7 @@ class LoadPages(msgspec.Struct, frozen=True, tag="load_pages", array_like=True):
     load_id: int
     token_ids: bytes
     block_hashes: bytes
+    tenant: bytes = b""
     mode: Literal["load", "lend"] = "load"
 
 
@@ -326,6 +338,7 @@ class OfferedPage(msgspec.Struct, frozen=True, array_like=True):
     unit_keys: bytes
     fingerprint: int
     parent: bytes
+    tenant: bytes = b""
 
 
 class KvOffered(msgspec.Struct, frozen=True, tag="kv_offered", array_like=True):

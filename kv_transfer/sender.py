@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import grpc
+
 from kv_transfer.background import BackgroundTasks
 from kv_transfer.handoff import Handoff, HandoffOrder, HandoffOutcome
 from kv_transfer.peers import OpenChannel, Peers, open_insecure_channel
@@ -46,6 +48,10 @@ class HandoffSender:
         self.counters.handoffs += 1
         self._tasks.spawn(self._run(handoff), f"handoff-{order.dispatch}")
         return handoff
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """The one that control sessions to this worker use; kept open, and the sender's to close."""
+        return self._peers.channel(address)
 
     async def _run(self, handoff: Handoff) -> None:
         outcome = await handoff.run()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Protocol
+
+import grpc
 
 from engine.protocol import Activate, Dispatch, EngineReady, Reserved, Work, WriterDone
 from kv_transfer.keys import TOKEN_BYTES
@@ -20,9 +24,12 @@ from service_kit.config import TransferConfig
 from worker_runtime.engine_link import EngineLink
 from worker_runtime.load import ReceiverFigures
 
+PULL_ATTEMPT = 0  # of reservations for pages that are pulled: controllers count attempts from 1
+
 
 class ReservationHolder(Protocol):
-    """Who hears how the writer of a reservation ended; exactly one of the two, once, after the engine was told."""
+    """Who hears how the writer of a reservation ended; exactly one of the two, once, after the engine was told, which only hears of
+    dispatches."""
 
     def activated(self, first_tokens: tuple[tuple[int, int], ...], report: ReceivedReport) -> None: ...
 
@@ -76,6 +83,7 @@ class KvEndpoint:
         self._destination = _EngineDestination(engine)
         self.receiver = HandoffReceiver(side, transports, config, self._destination)
         self._sender = HandoffSender(side, transports, config, open_channel)
+        self._pulls = itertools.count(1)
         self.endpoints: tuple[types_pb2.KvEndpoint, ...] = ()
 
     async def start(self) -> None:
@@ -106,6 +114,17 @@ class KvEndpoint:
         self._destination.hold(work.dispatch, holder)
         return grant
 
+    def grant_pages(
+        self, blocks: Sequence[int], generations: Sequence[int], holder: ReservationHolder
+    ) -> worker_pb2.Grant:
+        """Opens blocks for whole pages to one writer, over the best transport."""
+        dispatch = Dispatch(next(self._pulls), PULL_ATTEMPT)
+        tokens = len(blocks) * self._page_tokens
+        reservation = Reservation(_key(dispatch), tuple(blocks), tuple(generations), 0, tokens)
+        grant = self.receiver.reserve(reservation, self.endpoints[0].transport)
+        self._destination.hold(dispatch, holder)
+        return grant
+
     def revoke(self, dispatch: Dispatch, error: PdserveError) -> None:
         """Ends the writer of a reservation; its holder hears of it. Without effect where none is left."""
         self.receiver.revoke(_key(dispatch), error)
@@ -114,6 +133,25 @@ class KvEndpoint:
         """Begins the hand-off of `work` to the holder of `grant`."""
         order = HandoffOrder(_key(work.dispatch), grant, decode_address, len(work.token_ids) // TOKEN_BYTES)
         return self._sender.start(order)
+
+    def send_pages(self, blocks: Sequence[int], grant: worker_pb2.Grant, address: str) -> Handoff:
+        """Begins the hand-off of whole pages that lie in `blocks` already, to the holder of `grant`. They must keep their bytes until
+        its outcome."""
+        key = DispatchKey(grant.dispatch.request_key, grant.dispatch.attempt)
+        handoff = self._sender.start(HandoffOrder(key, grant, address, len(blocks) * self._page_tokens))
+        handoff.source_blocks(blocks)
+        for layer in range(self.side.identity.layers):
+            handoff.kv_ready(layer, 0, len(blocks))
+        handoff.finish(())
+        return handoff
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """To another worker; not the caller's to close."""
+        return self._sender.channel(address)
+
+    @property
+    def _page_tokens(self) -> int:
+        return self.side.groups[0].page_tokens
 
 
 class _EngineDestination:
@@ -130,12 +168,14 @@ class _EngineDestination:
         self, dispatch: DispatchKey, first_tokens: tuple[tuple[int, int], ...], report: ReceivedReport
     ) -> None:
         held = Dispatch(dispatch.request_key, dispatch.attempt)
-        self._engine.send(Activate(held, first_tokens))
+        if held.attempt != PULL_ATTEMPT:
+            self._engine.send(Activate(held, first_tokens))
         self._holders.pop(held).activated(first_tokens, report)
 
     def writer_done(self, dispatch: DispatchKey, error: PdserveError | None) -> None:
         held = Dispatch(dispatch.request_key, dispatch.attempt)
-        self._engine.send(WriterDone(held))
+        if held.attempt != PULL_ATTEMPT:
+            self._engine.send(WriterDone(held))
         self._holders.pop(held).writer_ended(error)
 
 

@@ -16,6 +16,7 @@ MAX_LIST_ITEMS = 4096  # logit_bias, stop ids
 MAX_NAME_CHARS = 256
 MAX_LOGPROBS = 1024
 MAX_CHUNKS = 1024
+MAX_TENANT_BYTES = 32
 _BLEND_METHODS: dict[worker_pb2.Blend.Method.ValueType, Literal["blend", "epic"]] = {
     worker_pb2.Blend.METHOD_BLEND: "blend",
     worker_pb2.Blend.METHOD_EPIC: "epic",
@@ -34,6 +35,7 @@ def work_from_proto(message: worker_pb2.Work) -> protocol.Work:
     """Raises InvalidRequest, which ends the session: a controller validates before it sends."""
     tokens = len(message.token_ids) // TOKEN_BYTES
     _check(message.HasField("dispatch"), "dispatch", "is missing")
+    _check(message.dispatch.attempt > 0, "dispatch.attempt", "must count from 1")
     _check(len(message.request_id) <= MAX_NAME_CHARS, "request_id", f"exceeds {MAX_NAME_CHARS} characters")
     _check(0 < len(message.choices) <= MAX_CHOICES, "choices", f"must hold 1 to {MAX_CHOICES} choices")
     _check(len(set(message.choices)) == len(message.choices), "choices", "must be distinct")
@@ -41,6 +43,7 @@ def work_from_proto(message: worker_pb2.Work) -> protocol.Work:
     _check(0 < tokens <= MAX_WORK_TOKENS, "token_ids", f"must hold 1 to {MAX_WORK_TOKENS} tokens")
     _check(0 < message.prompt_tokens <= tokens, "prompt_tokens", "must lie within token_ids")
     _check(len(message.block_hashes) % HASH_BYTES == 0, "block_hashes", f"must be whole keys of {HASH_BYTES} bytes")
+    _check(len(message.tenant) <= MAX_TENANT_BYTES, "tenant", f"exceeds {MAX_TENANT_BYTES} bytes")
     hashes = len(message.block_hashes) // HASH_BYTES
     _check(hashes <= tokens // HASH_UNIT_TOKENS, "block_hashes", "has more keys than full units of tokens")
     return protocol.Work(
@@ -54,7 +57,19 @@ def work_from_proto(message: worker_pb2.Work) -> protocol.Work:
         priority=message.priority,
         chunks=tuple(_chunk(chunk, message.prompt_tokens) for chunk in message.chunks),
         blend=_blend(message) if message.HasField("blend") else None,
+        tenant=message.tenant,
+        source=_source(message.source) if message.HasField("source") else None,
     )
+
+
+def _source(message: worker_pb2.KvSource) -> protocol.KvSource:
+    for name in ("worker_id", "address"):
+        _check(
+            0 < len(getattr(message, name)) <= MAX_NAME_CHARS,
+            f"source.{name}",
+            f"needs 1 to {MAX_NAME_CHARS} characters",
+        )
+    return protocol.KvSource(message.worker_id, message.address, message.tokens)
 
 
 def _chunk(message: worker_pb2.Chunk, prompt_tokens: int) -> protocol.ChunkSpan:

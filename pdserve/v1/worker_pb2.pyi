@@ -243,6 +243,8 @@ class Work(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     BLEND_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """for logs and traces"""
     token_ids: _builtins.bytes
@@ -251,6 +253,8 @@ class Work(_message.Message):
     block_hashes: _builtins.bytes
     """chained SHA-256 keys of the full 16-token units, 32 bytes each; empty where KV is blended"""
     priority: _builtins.int
+    tenant: _builtins.bytes
+    """digest that quotas of the tiers are counted by; empty without cache_salt"""
     @_builtins.property
     def dispatch(self) -> _types_pb2.DispatchId: ...
     @_builtins.property
@@ -265,6 +269,10 @@ class Work(_message.Message):
 
     @_builtins.property
     def blend(self) -> Global___Blend: ...
+    @_builtins.property
+    def source(self) -> Global___KvSource:
+        """a worker that holds more of the prompt than the one that is to compute it; a hint"""
+
     def __init__(
         self,
         *,
@@ -278,14 +286,45 @@ class Work(_message.Message):
         priority: _builtins.int = ...,
         chunks: _abc.Iterable[Global___Chunk] | None = ...,
         blend: Global___Blend | None = ...,
+        tenant: _builtins.bytes = ...,
+        source: Global___KvSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "dispatch", b"dispatch", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "dispatch", b"dispatch", "sampling", b"sampling", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "block_hashes", b"block_hashes", "choices", b"choices", "chunks", b"chunks", "dispatch", b"dispatch", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "block_hashes", b"block_hashes", "choices", b"choices", "chunks", b"chunks", "dispatch", b"dispatch", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "source", b"source", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Work: _TypeAlias = Work  # noqa: Y015
+
+@_typing.final
+class KvSource(_message.Message):
+    """Who to pull KV pages from: see KvPullService."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    address: _builtins.str
+    """gRPC"""
+    tokens: _builtins.int
+    """of the prompt, from its first one on, as far as the controller knows"""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "tokens", b"tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSource: _TypeAlias = KvSource  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
@@ -1207,6 +1246,46 @@ class TierLoads(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class FailedPullsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class FailedLoansEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     QUERIED_TOKENS_FIELD_NUMBER: _builtins.int
     LOADED_TOKENS_FIELD_NUMBER: _builtins.int
     LATE_FIELD_NUMBER: _builtins.int
@@ -1215,6 +1294,9 @@ class TierLoads(_message.Message):
     OFFERS_SKIPPED_FIELD_NUMBER: _builtins.int
     DROPPED_ON_THE_WAY_DOWN_FIELD_NUMBER: _builtins.int
     LOAD_S_FIELD_NUMBER: _builtins.int
+    FAILED_PULLS_FIELD_NUMBER: _builtins.int
+    LENT_TOKENS_FIELD_NUMBER: _builtins.int
+    FAILED_LOANS_FIELD_NUMBER: _builtins.int
     queried_tokens: _builtins.int
     late: _builtins.int
     """loads that their deadline ended"""
@@ -1224,9 +1306,19 @@ class TierLoads(_message.Message):
     dropped_on_the_way_down: _builtins.int
     """pages"""
     load_s: _builtins.float
+    lent_tokens: _builtins.int
+    """to peers"""
     @_builtins.property
     def loaded_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """by tier"""
+
+    @_builtins.property
+    def failed_pulls(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """from peers, by reason of failure; those pages were computed or loaded otherwise"""
+
+    @_builtins.property
+    def failed_loans(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """to peers, by reason, refusals included"""
 
     def __init__(
         self,
@@ -1239,10 +1331,13 @@ class TierLoads(_message.Message):
         offers_skipped: _builtins.int = ...,
         dropped_on_the_way_down: _builtins.int = ...,
         load_s: _builtins.float = ...,
+        failed_pulls: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        lent_tokens: _builtins.int = ...,
+        failed_loans: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_on_the_way_down", b"dropped_on_the_way_down", "late", b"late", "load_s", b"load_s", "loaded_tokens", b"loaded_tokens", "no_room", b"no_room", "not_worth_it", b"not_worth_it", "offers_skipped", b"offers_skipped", "queried_tokens", b"queried_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_on_the_way_down", b"dropped_on_the_way_down", "failed_loans", b"failed_loans", "failed_pulls", b"failed_pulls", "late", b"late", "lent_tokens", b"lent_tokens", "load_s", b"load_s", "loaded_tokens", b"loaded_tokens", "no_room", b"no_room", "not_worth_it", b"not_worth_it", "offers_skipped", b"offers_skipped", "queried_tokens", b"queried_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

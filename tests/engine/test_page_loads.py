@@ -38,7 +38,7 @@ def offers(recorder: Recorder) -> list[OfferedPage]:
 
 def load_command(load_id: int = 1, mode: Literal["load", "lend"] = "load") -> LoadPages:
     ids = work(9, PROMPT).token_ids
-    return LoadPages(load_id, ids, chain_hashes(bytes(32), ids), mode)
+    return LoadPages(load_id, ids, chain_hashes(bytes(32), ids), mode=mode)
 
 
 def computed_and_saved(engine: NativeEngine, recorder: Recorder) -> dict[bytes, torch.Tensor]:

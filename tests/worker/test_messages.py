@@ -21,6 +21,8 @@ from worker_runtime.messages import (
 
 BREAKAGES: dict[str, Callable[[worker_pb2.Work], object]] = {
     "no dispatch": lambda work: work.ClearField("dispatch"),
+    "the attempt of a pull": lambda work: setattr(work.dispatch, "attempt", 0),
+    "a source without an address": lambda work: setattr(work.source, "worker_id", "w0"),
     "no choice": lambda work: work.ClearField("choices"),
     "a choice twice": lambda work: work.choices.extend([0]),
     "too many choices": lambda work: work.choices.extend(range(1, MAX_CHOICES + 1)),
