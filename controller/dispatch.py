@@ -11,6 +11,7 @@ from controller.placement.decision import Pick
 from controller.timeline import AttemptNotes, OpenStage
 from controller.work_messages import dispatch_id, sampling_params
 from controller.worker_record import Burden
+from kv_transfer.keys import tenant_digest
 from pdserve.v1 import worker_pb2
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def work_of(group: Group, attempt: int, identity: bytes) -> worker_pb2.Work:
         sampling=sampling,
         block_hashes=live.block_hashes(identity, token_ids),
         priority=live.request.priority,
+        tenant=tenant_digest(live.request.cache_salt),
     )
 
 

@@ -132,7 +132,7 @@ class BlendJobs:
         page_tokens = self._tables.page_tokens
         content = sequence.tokens[span.start : span.start + span.count].tobytes()
         tokens = array("i", padded_chunk(content, page_tokens))
-        chain = KeyChain(page_tokens, span.keys, self._seed)
+        chain = KeyChain(page_tokens, span.keys, self._seed, sequence.state.work.tenant)
         table = self._tables.open(tokens, chain, len(tokens), spare)
         return _OpenChunk(span, tokens, table) if table is not None else None
 

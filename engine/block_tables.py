@@ -135,7 +135,7 @@ class BlockTables:
             if self._index.store(block, page):
                 self._tell(KvStored(page.unit_keys))
                 parent = pages[ordinal - 1].key if ordinal else b""
-                self.offers.wait(OfferedPage(block, page.unit_keys, page.fingerprint, parent))
+                self.offers.wait(OfferedPage(block, page.unit_keys, page.fingerprint, parent, table.chain.tenant))
         self._offer_waiting()
         table.stored = full
 

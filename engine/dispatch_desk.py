@@ -167,7 +167,7 @@ class DispatchDesk:
         return state
 
     def _chain(self, work: Work) -> KeyChain:
-        return KeyChain(self._tables.page_tokens, work.block_hashes, self._fingerprint_seed)
+        return KeyChain(self._tables.page_tokens, work.block_hashes, self._fingerprint_seed, work.tenant)
 
     def _open_reserved(self, work: Work) -> Table | None:
         """All blocks, with the head-room of running sequences and what preempted ones are owed left over, or none."""

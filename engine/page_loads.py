@@ -31,7 +31,7 @@ class PageLoads:
         tokens = array("i", command.token_ids)
         pages = len(tokens) // self._tables.page_tokens
         del tokens[pages * self._tables.page_tokens :]
-        chain = KeyChain(self._tables.page_tokens, command.block_hashes, self._fingerprint_seed)
+        chain = KeyChain(self._tables.page_tokens, command.block_hashes, self._fingerprint_seed, command.tenant)
         table = self._tables.open(tokens, chain, len(tokens), spare) if command.block_hashes and pages else None
         first_page = table.stored if table is not None else 0
         self._open[command.load_id] = _OpenLoad(tokens, table, first_page)

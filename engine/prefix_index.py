@@ -34,16 +34,17 @@ class KeyChain:
     (the namespace root stays with the controller), and the chain stays empty.
     """
 
-    __slots__ = ("_given", "_page_tokens", "_pages", "_seed")
+    __slots__ = ("_given", "_page_tokens", "_pages", "_seed", "tenant")
 
-    def __init__(self, page_tokens: int, unit_keys: bytes, seed: int) -> None:
+    def __init__(self, page_tokens: int, unit_keys: bytes, seed: int, tenant: bytes = b"") -> None:
+        self.tenant = tenant  # whose quota the pages count against where they are stored
         self._page_tokens = page_tokens
         self._given = unit_keys
         self._seed = seed
         self._pages: list[PageKey] = []
 
     def fork(self) -> KeyChain:
-        other = KeyChain(self._page_tokens, self._given, self._seed)
+        other = KeyChain(self._page_tokens, self._given, self._seed, self.tenant)
         other._pages = list(self._pages)
         return other
 

@@ -36,6 +36,11 @@ def namespace_root(identity: bytes, tenant_salt: str = "") -> bytes:
     return hmac.new(tenant_salt.encode(), identity, hashlib.sha256).digest()
 
 
+def tenant_digest(tenant_salt: str) -> bytes:
+    """Names a tenant in the books of the tiers, 8 bytes; empty without a salt. Keys do not depend on it."""
+    return hashlib.sha256(b"pdserve-kv-tenant-v1" + tenant_salt.encode()).digest()[:8] if tenant_salt else b""
+
+
 def chain_hashes(parent: bytes, token_ids: bytes) -> bytes:
     """Keys of the full hash units of `token_ids` (int32 little-endian): SHA-256(parent || tokens of the unit), chained.
 

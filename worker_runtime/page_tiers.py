@@ -77,6 +77,7 @@ class _Stretch:
 
     token_ids: bytes
     keys: bytes
+    tenant: bytes
     pages: list[PageKey]
     in_parts: bool
 
@@ -151,7 +152,9 @@ class PageTiers:
             return
         saving = self.compute.page_s if self.compute.samples else 0.0
         pages = [
-            Page(PageId(each.unit_keys[-HASH_BYTES:], each.fingerprint), each.parent, each.unit_keys, saving_s=saving)
+            Page(
+                PageId(each.unit_keys[-HASH_BYTES:], each.fingerprint), each.parent, each.unit_keys, each.tenant, saving
+            )
             for each in event.pages
         ]
         blocks = tuple(each.block for each in event.pages)
@@ -215,17 +218,18 @@ class PageTiers:
         # The last token is always computed, for its logits; pages beyond the given keys are looked up by nobody.
         given_tokens = len(work.block_hashes) // HASH_BYTES * HASH_UNIT_TOKENS
         count = min(len(work.token_ids) // TOKEN_BYTES - 1, given_tokens) // self._page_tokens
-        return self._stretch(work.token_ids, work.block_hashes, count, in_parts=True)
+        return self._stretch(work.token_ids, work.block_hashes, work.tenant, count, in_parts=True)
 
     def _chunk(self, work: Work, chunk: ChunkSpan) -> _Stretch:
         content = work.token_ids[chunk.start * TOKEN_BYTES : (chunk.start + chunk.count) * TOKEN_BYTES]
         padded = padded_chunk(content, self._page_tokens)
-        return self._stretch(padded, chunk.keys, len(padded) // TOKEN_BYTES // self._page_tokens, in_parts=False)
+        count = len(padded) // TOKEN_BYTES // self._page_tokens
+        return self._stretch(padded, chunk.keys, work.tenant, count, in_parts=False)
 
-    def _stretch(self, token_ids: bytes, keys: bytes, count: int, *, in_parts: bool) -> _Stretch:
+    def _stretch(self, token_ids: bytes, keys: bytes, tenant: bytes, count: int, *, in_parts: bool) -> _Stretch:
         tokens = array("i", token_ids[: count * self._page_tokens * TOKEN_BYTES])
         pages = KeyChain(self._page_tokens, keys, self._seed).pages(tokens, count)
-        return _Stretch(tokens.tobytes(), keys, pages, in_parts)
+        return _Stretch(tokens.tobytes(), keys, tenant, pages, in_parts)
 
     async def _load_and_submit(self, command: Submit, stretches: Sequence[_Stretch]) -> None:
         deadline_s = time.monotonic() + self._config.load_deadline_s
@@ -268,7 +272,7 @@ class PageTiers:
         waiter: asyncio.Future[PagesOpened] = asyncio.get_running_loop().create_future()
         self._opened[load_id] = waiter
         token_ids = stretch.token_ids[: pages * self._page_tokens * TOKEN_BYTES]
-        self._engine.send(LoadPages(load_id, token_ids, stretch.keys))
+        self._engine.send(LoadPages(load_id, token_ids, stretch.keys, stretch.tenant))
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline_s - time.monotonic()):
                 return await waiter

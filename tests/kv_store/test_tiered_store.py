@@ -53,6 +53,7 @@ class Shelf:
         self.name = name
         self.counters = TierCounters()
         self.held: dict[bytes, PageBytes] = {}
+        self.tenants: set[bytes] = set()
         self.fails = False
         self.before_read: Callable[[], object] = lambda: None
 
@@ -70,6 +71,7 @@ class Shelf:
 
     def write(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> int:
         self._check()
+        self.tenants |= {each.tenant for each in pages}
         self.held |= {each.id.key: bytes_.copy() for each, bytes_ in zip(pages, contents, strict=True)}
         return len(pages)
 

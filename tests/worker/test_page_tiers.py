@@ -192,10 +192,11 @@ async def test_offered_pages_go_down_and_their_blocks_come_back(link: LinkTwin) 
     assert link.commands == [OfferPages(BLOCKS // 4)]
     keys = KeyChain(16, work().block_hashes, fingerprint_seed(IDENTITY)).pages(TOKENS, 2)
     link.arena.blocks(1, 7, 1)[:] = bytes(range(64))
-    offered = (OfferedPage(7, keys[0].unit_keys, keys[0].fingerprint, b""),)
+    offered = (OfferedPage(7, keys[0].unit_keys, keys[0].fingerprint, b"", b"tenant"),)
     tiers.offered(KvOffered(offered, skipped=3))
     await link.until(lambda: "PagesSaved" in link.names())
     assert link.commands[-1] == PagesSaved((7,))
     assert tiers.figures.offers_skipped == 3
     tiers.close()
     assert shelf.held[keys[0].key][1].tobytes() == bytes(range(64))
+    assert shelf.tenants == {b"tenant"}
