@@ -17,6 +17,7 @@ from controller.grpc_api import InferenceApi, MembershipApi, generate_limits
 from controller.grpc_endpoint import GrpcEndpoint
 from controller.http_api.app import create_app
 from controller.http_server import HttpServer, bind
+from controller.kv_api import KvApi
 from controller.model_info import load_model_info
 from controller.operations import ModelInfo
 from controller.operator_desk import Identity, OperatorDesk
@@ -67,10 +68,9 @@ class ControllerNode:
         listener = bind(config.controller.host, config.controller.port)
         self._http = HttpServer(app, listener, config.security)
         self._apis = (
-            InferenceApi(
-                self._service, model.tokenizer, generate_limits(model, config.controller.max_choices), self._threads
-            ),
+            InferenceApi(self._service, model.tokenizer, generate_limits(model, config.controller), self._threads),
             MembershipApi(self._fleet, controller_id, REGISTRATION_LEASE_S),
+            KvApi(desk.kv, model.tokenizer, self._threads),
         )
 
     @classmethod

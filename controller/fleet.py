@@ -196,7 +196,8 @@ class Fleet:
                 self._sink.changed(record.worker_id)
                 return
             case "result":
-                self._commands.settle(response.result.command_id, command_error(response.result))
+                result = response.result
+                self._commands.settle(result.command_id, command_error(result) or result)
             case "kv":
                 if not record.holdings.apply(response.kv):
                     log.warning("kv_events_missing", worker_id=record.worker_id, sequence=response.kv.first_sequence)
@@ -218,6 +219,13 @@ class Fleet:
         record.load.ClearField("roles")
         record.load.roles.extend(roles)  # type: ignore[arg-type]
         record.report(record.load, self._clock())
+
+    async def inspect(self, worker_id: str, command: worker_pb2.KvCommand) -> worker_pb2.KvAnswer:
+        """Has a worker look at its tiers, or steer them. Raises like `set_roles`."""
+        self._commandable(worker_id)
+        command.command_id = self._commands.expect(worker_id)
+        self.send(worker_id, worker_pb2.SessionRequest(kv_command=command))
+        return (await self._commands.answer(command.command_id)).kv
 
     def drain(self, worker_id: str, deadline_s: float) -> None:
         """From now on it gets no work; it ends by itself when what it has is done."""

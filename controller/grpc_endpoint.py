@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from controller.grpc_api import InferenceApi, MembershipApi
-from pdserve.v1 import inference_pb2, inference_pb2_grpc, membership_pb2, membership_pb2_grpc
+from controller.kv_api import KvApi
+from pdserve.v1 import inference_pb2, inference_pb2_grpc, kv_pb2, kv_pb2_grpc, membership_pb2, membership_pb2_grpc
 from service_kit.api_keys import ApiKeys
 from service_kit.config import ClusterConfig
 from service_kit.grpc_server import ServerLimits, build_server, server_credentials
@@ -12,6 +13,7 @@ CLOSE_GRACE_S = 1.0
 ENVELOPE_BYTES = 64 * 2**10  # of a message beyond its prompt
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    kv_pb2.DESCRIPTOR.services_by_name["KvService"].full_name,
     membership_pb2.DESCRIPTOR.services_by_name["MembershipService"].full_name,
 )
 
@@ -24,10 +26,11 @@ class GrpcEndpoint:
         credentials = server_credentials(config.security, clients_need_certificates=False)
         self._address = self._grpc.bind(config.controller.host, config.controller.grpc_port, credentials)
 
-    async def start(self, inference: InferenceApi, membership: MembershipApi) -> str:
+    async def start(self, inference: InferenceApi, membership: MembershipApi, kv: KvApi) -> str:
         """Returns the bound address."""
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._grpc.server)
         membership_pb2_grpc.add_MembershipServiceServicer_to_server(membership, self._grpc.server)
+        kv_pb2_grpc.add_KvServiceServicer_to_server(kv, self._grpc.server)
         await self._grpc.start()
         return self._address
 

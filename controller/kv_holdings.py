@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from controller.placement.snapshot import Reuse
 from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS
@@ -40,6 +40,10 @@ class KvHoldings:
         on_device = self._reach(block_hashes, 0, count, device=True)
         anywhere = self._reach(block_hashes, on_device, count, device=False)
         return Reuse(on_device * HASH_UNIT_TOKENS, (anywhere - on_device) * HASH_UNIT_TOKENS)
+
+    def tiers_of_units(self, block_hashes: bytes) -> list[Set[str]]:
+        """For each unit of a prompt the tiers that have it, looked up one by one: for operators."""
+        return [self._tiers.get(key, frozenset()) for key in _keys(block_hashes)]
 
     def _reach(self, block_hashes: bytes, held: int, count: int, *, device: bool) -> int:
         low, high = held, count  # units before `low` are held, the one at `high` is not

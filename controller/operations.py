@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from controller.kv_operations import KvOperations
 from controller.placement.decision import Decision
 from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
@@ -118,6 +119,7 @@ class Attempt:
     prefill_s: float  # computing, as the prefill worker measured it
     transfer_s: float  # first byte to last
     exposed_s: float  # end of prefill to activation
+    blended_tokens: int = 0  # of chunks whose KV was blended: approximate
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +151,14 @@ class RequestTimeline:
     stages: tuple[Stage, ...]
     attempts: tuple[Attempt, ...]
     decisions: tuple[Decision, ...]
+    blended_tokens: int = 0  # of the first attempt
 
 
 class Operations(Protocol):
     """What the operator API needs of the controller. Implemented by `controller.operator_desk.OperatorDesk`."""
+
+    @property
+    def kv(self) -> KvOperations: ...
 
     def status(self) -> ClusterStatus: ...
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from controller.fleet import Fleet
+from controller.kv_desk import KvDesk
 from controller.operations import ClusterStatus, RequestSummary, RequestTimeline, RoleName, WorkerStatus
 from controller.service import ControllerService
 from pdserve.errors import InvalidRequest, NotFound
@@ -38,6 +39,7 @@ class OperatorDesk:
         worker_drain_s: float,
         clock: Callable[[], float],
     ) -> None:
+        self.kv = KvDesk(fleet)
         self._fleet = fleet
         self._service = service
         self._identity = identity

@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from pdserve.errors import DeadlineExceeded, PdserveError
+from pdserve.v1 import worker_pb2
 
 ANSWER_S = 10.0
 
@@ -14,7 +15,7 @@ ANSWER_S = 10.0
 @dataclass(frozen=True, slots=True)
 class PendingCommand:
     worker_id: str
-    answer: asyncio.Future[None]
+    answer: asyncio.Future[worker_pb2.CommandResult]
 
 
 class PendingCommands:
@@ -31,25 +32,25 @@ class PendingCommands:
         self._pending[command_id] = PendingCommand(worker_id, asyncio.get_running_loop().create_future())
         return command_id
 
-    async def answer(self, command_id: int) -> None:
-        """Raises what the worker answered, DeadlineExceeded, or WorkerLost."""
+    async def answer(self, command_id: int) -> worker_pb2.CommandResult:
+        """Of a command that was done. Raises what the worker answered, DeadlineExceeded, or WorkerLost."""
         try:
             async with asyncio.timeout(ANSWER_S):
-                await self._pending[command_id].answer
+                return await self._pending[command_id].answer
         except TimeoutError as error:
             raise DeadlineExceeded(f"The worker did not answer within {ANSWER_S:g} s.") from error
         finally:
             del self._pending[command_id]
 
-    def settle(self, command_id: int, error: PdserveError | None) -> None:
+    def settle(self, command_id: int, answer: worker_pb2.CommandResult | PdserveError) -> None:
         """Answers that nobody waits for change nothing."""
         pending = self._pending.get(command_id)
         if pending is None or pending.answer.done():
             return
-        if error is None:
-            pending.answer.set_result(None)
+        if isinstance(answer, PdserveError):
+            pending.answer.set_exception(answer)
         else:
-            pending.answer.set_exception(error)
+            pending.answer.set_result(answer)
 
     def worker_lost(self, worker_id: str, error: PdserveError) -> None:
         for command_id, pending in self._pending.items():

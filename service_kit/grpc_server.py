@@ -17,7 +17,8 @@ from service_kit.config import SecurityConfig
 from service_kit.grpc_errors import ErrorStatuses, Request, Response, status_metadata
 
 MAX_MESSAGE_BYTES = 64 * 2**20
-INFERENCE_PREFIX = "/pdserve.v1.InferenceService/"
+# Services for programs and operators outside the cluster.
+KEYED_PREFIXES = ("/pdserve.v1.InferenceService/", "/pdserve.v1.KvService/")
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Request, Response]"
 _Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler[Request, Response]]]"
@@ -31,7 +32,7 @@ class ServerLimits:
 
 
 class ApiKeyGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses calls of InferenceService without a valid key. The cluster's own services are guarded by mutual TLS."""
+    """Refuses calls of InferenceService and KvService without a valid key. The cluster's own services are guarded by mutual TLS."""
 
     def __init__(self, keys: ApiKeys) -> None:
         self._keys = keys
@@ -40,7 +41,7 @@ class ApiKeyGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self, continuation: _Continuation[Request, Response], handler_call_details: grpc.HandlerCallDetails
     ) -> _Handler[Request, Response]:
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(INFERENCE_PREFIX):
+        if handler is None or not handler_call_details.method.startswith(KEYED_PREFIXES):
             return handler
         metadata = cast("Sequence[tuple[str, str | bytes]]", handler_call_details.invocation_metadata or ())
         presented = next((str(value) for name, value in metadata if name == "authorization"), None)
@@ -101,7 +102,7 @@ class GrpcServer:
 
 
 def build_server(services: Sequence[str], keys: ApiKeys, limits: ServerLimits = ServerLimits()) -> GrpcServer:
-    """services: full names, for health and reflection. keys: empty = InferenceService asks for none."""
+    """services: full names, for health and reflection. keys: empty = no service asks for one."""
     options = (
         ("grpc.max_receive_message_length", limits.max_receive_bytes),
         ("grpc.max_send_message_length", limits.max_send_bytes),

@@ -15,6 +15,7 @@ from controller.http_api.errors import install_error_handlers
 from controller.http_api.guards import BodyLimit, KeyCheck, RequestIds
 from controller.http_api.health_routes import health_router
 from controller.http_api.inference_routes import inference_router
+from controller.http_api.kv_routes import kv_router
 from controller.http_api.model_routes import model_router
 from controller.http_api.openapi import install_openapi
 from controller.http_api.operator_routes import operator_router
@@ -64,7 +65,7 @@ def create_app(
         redirect_slashes=False,
     )
     install_error_handlers(app)
-    for router in (inference_router(context), model_router(context), health_router(context), operator_router(context)):
-        app.include_router(router)
+    for router in (inference_router, model_router, health_router, operator_router, kv_router):
+        app.include_router(router(context))
     install_openapi(app, keyed=bool(api_keys))
     return RequestIds(KeyCheck(BodyLimit(app, config.max_body_bytes), api_keys))

@@ -12,11 +12,22 @@ from pydantic.json_schema import models_json_schema
 
 from controller.http_api.answers import ErrorAnswer
 from controller.http_api.bodies import ChatBody, CompletionBody, DetokenizeBody, RolesBody, TokenizeBody
+from controller.http_api.kv_bodies import KvExplainBody, KvFlushBody, KvPinBody, KvVerifyBody
 
 Json: TypeAlias = dict[str, object]
 Responses: TypeAlias = dict[int | str, dict[str, object]]
 
-_BODIES: tuple[type[BaseModel], ...] = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, RolesBody)
+_BODIES: tuple[type[BaseModel], ...] = (
+    CompletionBody,
+    ChatBody,
+    TokenizeBody,
+    DetokenizeBody,
+    RolesBody,
+    KvExplainBody,
+    KvPinBody,
+    KvFlushBody,
+    KvVerifyBody,
+)
 _REF = "#/components/schemas/{model}"
 _MEANINGS = {
     400: "A field or the JSON is wrong, or the prompt is too long.",

@@ -14,6 +14,7 @@ import pytest
 from controller.generate_request import GenerateLimits
 from controller.grpc_api import InferenceApi, MembershipApi
 from controller.grpc_endpoint import GrpcEndpoint
+from controller.kv_api import KvApi
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, membership_pb2, membership_pb2_grpc, types_pb2
 from service_kit.api_keys import ApiKeys
 from service_kit.config import ClusterConfig
@@ -59,7 +60,9 @@ async def api(keys: ApiKeys | None = None, *, workers: bool = True) -> AsyncIter
         limits = GenerateLimits("tiny", 4096, 256, 4)
         with ThreadPoolExecutor(1) as threads:
             inference = InferenceApi(twin.service, ByteTokenizer(), limits, threads)
-            address = await endpoint.start(inference, MembershipApi(twin.fleet, "controller-under-test", 2.0))
+            membership = MembershipApi(twin.fleet, "controller-under-test", 2.0)
+            kv = KvApi(twin.desk.kv, ByteTokenizer(), threads)
+            address = await endpoint.start(inference, membership, kv)
             async with grpc.aio.insecure_channel(address) as channel:
                 yield Api(twin, channel)
             await endpoint.close()

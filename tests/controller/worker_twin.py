@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -93,6 +93,8 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         self.cancelled: set[Name] = set()
         self.acknowledged = 0
         self.draining = False
+        self.tiers: list[worker_pb2.TierReport] = []
+        self.kv_answer: Callable[[worker_pb2.KvCommand], worker_pb2.CommandResult | None] = lambda command: None
         self.steps = 0
         self._fleet = fleet
         self._step_s = step_s
@@ -159,7 +161,7 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.LoadReport(
             engine_step=self.steps, blocks_total=self._blocks, blocks_free=max(0, self._blocks - used),
             running=sum(len(run.next_index) for run in self.runs.values()), roles=self.roles, draining=self.draining,
-            step_ms=self._step_s * 1000,
+            step_ms=self._step_s * 1000, tiers=self.tiers,
         )  # fmt: skip
 
     # ---- the session
@@ -241,6 +243,15 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
                 self.tell(worker_pb2.SessionResponse(result=result))
             case "drain":
                 self.draining = True
+            case "kv_command":
+                self._answer_kv(request.kv_command)
+
+    def _answer_kv(self, command: worker_pb2.KvCommand) -> None:
+        """Unnumbered, as real workers do."""
+        result = self.kv_answer(command)
+        if result is not None and self.session is not None:
+            result.command_id = command.command_id
+            self.session.queue.put_nowait(worker_pb2.SessionResponse(result=result))
 
     def _cancel(self, cancel: worker_pb2.CancelDispatch) -> None:
         name = _name(cancel.dispatch)

@@ -6,6 +6,22 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
+from controller.kv_operations import (
+    KvExplanation,
+    KvOutcome,
+    KvPages,
+    KvStat,
+    LoadsStatus,
+    OutcomeStatus,
+    PageStatus,
+    Prompt,
+    Selection,
+    Silence,
+    TierStatus,
+    VerifyBounds,
+    WorkerHolding,
+    WorkerTiers,
+)
 from controller.operations import ClusterStatus, RequestSummary, RequestTimeline, RoleName, WorkerStatus
 from controller.placement.decision import Candidate, Decision, Pick
 from controller.request import Begun, Delta, GenerationRequest, Logprobs
@@ -135,14 +151,63 @@ TIMELINE = RequestTimeline(
 )
 
 
+_TIER = TierStatus(
+    tier="host", capacity_bytes=100, used_bytes=50, pages=1, hit_tokens=16, miss_tokens=0, bytes_in=50, bytes_out=50,
+    read_s=0.1, read_pages=1, write_s=0.1, stored=1, evicted=0, evicted_age_s=0.0, expired=0, dropped=0, failures=0,
+    verify_failures={"checksum": 1},
+)  # fmt: skip
+TIERS = WorkerTiers(
+    worker="p0", block_tokens=16, device_tokens=1024, device_free_tokens=512, device_query_tokens=100,
+    device_hit_tokens=50, held_tokens={"device": 64}, tiers=(_TIER,),
+    loads=LoadsStatus(100, {"host": 16}, 0, 0, 0, 0, 0, 0.1),
+)  # fmt: skip
+PAGE = PageStatus("p0", "host", "ab" * 32, "", 50, 1.5, 0, 0.0)
+
+
+@dataclass(slots=True)
+class KvTwin:
+    """One worker with one page in its host tier."""
+
+    asked: list[tuple[str, Selection | Prompt, float]] = field(default_factory=list)
+
+    def stat(self) -> KvStat:
+        return KvStat((TIERS,))
+
+    async def pages(self, selection: Selection, limit: int) -> KvPages:
+        self._check("pages", selection, limit)
+        return KvPages((PAGE,)[:limit], (Silence("d0", "timeout", "The worker did not answer."),))
+
+    async def explain(self, prompt: Prompt) -> KvExplanation:
+        self.asked.append(("explain", prompt, 0.0))
+        tokens = len(prompt.token_ids) // 4
+        return KvExplanation(tokens, tokens // 16 * 16, (WorkerHolding("p0", {"device": 16, "host": 0}, 16),), ())
+
+    async def pin(self, selection: Selection, hold_s: float) -> KvOutcome:
+        return self._check("pin", selection, hold_s)
+
+    async def flush(self, selection: Selection) -> KvOutcome:
+        return self._check("flush", selection)
+
+    async def verify(self, selection: Selection, bounds: VerifyBounds) -> KvOutcome:
+        return self._check("verify", selection, bounds.deadline_s)
+
+    def _check(self, action: str, selection: Selection, amount: float = 0.0) -> KvOutcome:
+        self.asked.append((action, selection, amount))
+        if selection.worker_id not in ("", "p0"):
+            raise NotFound(f"There is no worker {selection.worker_id!r}.")
+        return KvOutcome((OutcomeStatus("p0", "host", 1, 1, 50, True, "ab" * 32, ("cd" * 32,), ""),), ())
+
+
 @dataclass(slots=True)
 class OperationsTwin:
     """One worker, one finished request."""
 
     workers: tuple[WorkerStatus, ...] = (WORKER,)
+    kv: KvTwin = field(default_factory=KvTwin)
 
     def reset(self) -> None:
         self.workers = (WORKER,)
+        self.kv.asked.clear()
 
     def status(self) -> ClusterStatus:
         return ClusterStatus(
