@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from controller.admission import Waiting
+from controller.kv_blend import put_blend
 from controller.lifecycle import Side
 from controller.placement.decision import Pick
 from controller.timeline import AttemptNotes, OpenStage
@@ -68,7 +69,7 @@ def work_of(group: Group, attempt: int, identity: bytes) -> worker_pb2.Work:
     sampling = sampling_params(live.request.sampling)
     if not live.lacks_prompt_logprobs:
         sampling.ClearField("prompt_logprobs")
-    return worker_pb2.Work(
+    work = worker_pb2.Work(
         dispatch=dispatch_id(live.key, attempt),
         request_id=live.request.request_id,
         choices=group.choices,
@@ -79,6 +80,9 @@ def work_of(group: Group, attempt: int, identity: bytes) -> worker_pb2.Work:
         priority=live.request.priority,
         tenant=tenant_digest(live.request.cache_salt),
     )
+    if live.request.kv_blend is not None:
+        put_blend(work, live.request.kv_blend, identity, live.request.cache_salt)
+    return work
 
 
 def burdens_of(pick: Pick, tokens: int, choices: int, block_tokens: int) -> dict[str, Burden]:

@@ -131,7 +131,8 @@ class DispatchEvents:
             return
         dispatch.notes.cached_tokens = message.cached_tokens
         dispatch.notes.queue_s = message.queue_us / 1e6
-        dispatch.live.started(message.cached_tokens)
+        dispatch.notes.blended_tokens = message.blended_tokens
+        dispatch.live.started(message.cached_tokens, message.blended_tokens)
         dispatch.live.wake()
 
     def _handoff(self, worker_id: str, report: worker_pb2.HandoffReport) -> None:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from controller.blend_request import blend_of
+from controller.kv_blend import KvBlend, check_allowed, check_prompt_logprobs
 from controller.request import GenerationRequest, Route, SamplingSpec
 from pdserve.errors import InvalidRequest, ModelNotFound, PromptTooLong
 from pdserve.v1 import inference_pb2, types_pb2
@@ -32,6 +34,7 @@ class GenerateLimits:
     context_tokens: int
     vocab_size: int
     max_choices: int
+    kv_blend: bool = False  # the operator allows it
 
 
 def check_head(message: inference_pb2.GenerateRequest, limits: GenerateLimits) -> None:
@@ -45,6 +48,8 @@ def check_head(message: inference_pb2.GenerateRequest, limits: GenerateLimits) -
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise _invalid("prompt", "is missing: give text or token_ids")
+    if message.HasField("kv_blend"):
+        check_allowed(limits.model, allowed=limits.kv_blend)
     if kind == "token_ids" and (not message.token_ids or len(message.token_ids) % 4):
         raise _invalid("token_ids", "must be little-endian int32 values, at least one")
 
@@ -80,7 +85,15 @@ def generation_request(
         route=_route(message),
         next_index=tuple(message.next_index),
         linger_s=LINGER_S if message.request_id else 0.0,
+        kv_blend=_blend(message, token_ids),
     )
+
+
+def _blend(message: inference_pb2.GenerateRequest, token_ids: bytes) -> KvBlend | None:
+    if not message.HasField("kv_blend"):
+        return None
+    check_prompt_logprobs(message.sampling.prompt_logprobs if message.sampling.HasField("prompt_logprobs") else None)
+    return blend_of(message.kv_blend, token_ids)
 
 
 def _route(message: inference_pb2.GenerateRequest) -> Route | None:

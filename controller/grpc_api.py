@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol, TypeAlias, cast
 
 import grpc
@@ -20,6 +21,7 @@ from controller.operations import ModelInfo
 from controller.request import Begun, Delta, FinishReason, GenerationRequest, Generator, Logprobs
 from pdserve.errors import InvalidRequest
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, membership_pb2, membership_pb2_grpc, types_pb2
+from service_kit.config import ControllerConfig
 
 _FINISH: dict[FinishReason | None, types_pb2.FinishReason.ValueType] = {
     None: types_pb2.FINISH_REASON_UNSPECIFIED,
@@ -48,14 +50,14 @@ class InferenceApi(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         generation = await self._generation(request, context.time_remaining())
-        completion_tokens = cached_tokens = 0
+        completion_tokens = cached_tokens = blended_tokens = 0
         ended = 0
         # The protocol says that generators can be closed; its type does not.
         stream = cast(AsyncGenerator[Begun | Delta, None], self._generator.generate(generation))
         async with aclosing(stream):
             async for item in stream:
                 if isinstance(item, Begun):
-                    cached_tokens = item.cached_tokens
+                    cached_tokens, blended_tokens = item.cached_tokens, item.blended_tokens
                     yield _begun(generation.request_id, item)
                     continue
                 completion_tokens += len(item.token_ids)
@@ -66,6 +68,7 @@ class InferenceApi(inference_pb2_grpc.InferenceServiceServicer):
                     response.usage.prompt_tokens = generation.prompt_tokens
                     response.usage.completion_tokens = completion_tokens + skipped
                     response.usage.cached_tokens = cached_tokens
+                    response.usage.blended_tokens = blended_tokens
                 yield response
 
     async def Cancel(  # noqa: N802 (the name is gRPC's)
@@ -79,14 +82,18 @@ class InferenceApi(inference_pb2_grpc.InferenceServiceServicer):
         check_head(message, self._limits)
         token_ids = message.token_ids
         if message.WhichOneof("prompt") == "text":
-            token_ids = await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, message.text)
+            token_ids = await self._encode(message.text, add_special_tokens=True)
             if not token_ids:
                 raise InvalidRequest("text: has no token. Give a prompt.", param="text")
+        if message.kv_blend.WhichOneof("separator") == "separator_text":
+            separator = await self._encode(message.kv_blend.separator_text, add_special_tokens=False)
+            message.kv_blend.separator_ids = separator
         request_id = message.request_id or f"gen-{secrets.token_hex(12)}"
         return generation_request(message, request_id, token_ids, self._limits, timeout_s)
 
-    def _encode(self, text: str) -> bytes:
-        return self._tokenizer.encode(text, add_special_tokens=True)
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> bytes:
+        encode = partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
 
 class MembershipApi(membership_pb2_grpc.MembershipServiceServicer):
@@ -104,8 +111,9 @@ class MembershipApi(membership_pb2_grpc.MembershipServiceServicer):
         return membership_pb2.RegisterWorkerResponse(controller_id=self._controller_id, lease_ms=self._lease_ms)
 
 
-def generate_limits(model: ModelInfo, max_choices: int) -> GenerateLimits:
-    return GenerateLimits(model.name, model.max_context_tokens, model.tokenizer.vocab_size, max_choices)
+def generate_limits(model: ModelInfo, config: ControllerConfig) -> GenerateLimits:
+    vocab_size = model.tokenizer.vocab_size
+    return GenerateLimits(model.name, model.max_context_tokens, vocab_size, config.max_choices, config.kv_blend)
 
 
 def _begun(request_id: str, begun: Begun) -> inference_pb2.GenerateResponse:

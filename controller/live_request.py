@@ -69,6 +69,7 @@ class LiveRequest:
         self.timers: list[asyncio.TimerHandle] = []
         self.migration: MigrationKind | None = None  # the loss that the next token ends
         self._cached_tokens: int | None = None
+        self._blended_tokens = 0
         self._prompt_logprobs: tuple[Logprobs, ...] | None = None
         self._last_attempt = 0
         self._hashes: tuple[bytes, bytes] = (b"", b"")  # identity, keys of the prompt's units
@@ -130,9 +131,10 @@ class LiveRequest:
         for choice in range(self.request.n):
             self.apply(choice, Cancelled(), now)
 
-    def started(self, cached_tokens: int) -> None:
+    def started(self, cached_tokens: int, blended_tokens: int) -> None:
         if self._cached_tokens is None:
             self._cached_tokens = self.timeline.cached_tokens = cached_tokens
+            self._blended_tokens = self.timeline.blended_tokens = blended_tokens
         self._begin_if_complete()
 
     def prompt_logprobs(self, rows: tuple[Logprobs, ...]) -> None:
@@ -143,7 +145,7 @@ class LiveRequest:
     def _begin_if_complete(self) -> None:
         wanted = self.request.sampling.prompt_logprobs is not None
         if self.begun is None and self._cached_tokens is not None and (self._prompt_logprobs is not None or not wanted):
-            self.begun = Begun(self._cached_tokens, self._prompt_logprobs or ())
+            self.begun = Begun(self._cached_tokens, self._prompt_logprobs or (), self._blended_tokens)
 
     def _begin_at_token(self) -> None:
         self.begun = Begun(self._cached_tokens or 0, self._prompt_logprobs or ())
@@ -169,7 +171,10 @@ class LiveRequest:
         return self.request.token_ids + array("i", accepted).tobytes() if accepted else self.request.token_ids
 
     def block_hashes(self, identity: bytes, token_ids: bytes) -> bytes:
-        """Keys of all full units of `token_ids`, which begins with the prompt; the prompt's own are computed once."""
+        """Keys of all full units of `token_ids`, which begins with the prompt; the prompt's own are computed once. None where KV
+        is blended: what is approximate is neither looked up nor stored as exact."""
+        if self.request.kv_blend is not None:
+            return b""
         root = namespace_root(identity, self.request.cache_salt)
         if self._hashes[0] != identity:
             self._hashes = (identity, chain_hashes(root, self.request.token_ids))

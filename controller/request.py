@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from controller.kv_blend import KvBlend
+
 FinishReason = Literal["stop", "length", "cancelled"]
 PROMPT_TAIL_TOKENS = 4  # a character has at most four bytes, so at most four tokens
 
@@ -60,6 +62,7 @@ class GenerationRequest:
     route: Route | None = None
     next_index: tuple[int, ...] = ()  # resume: per choice, the first output index that the caller lacks
     linger_s: float = 0.0  # how long the request lives on without a reader, so that a lost caller can resume
+    kv_blend: KvBlend | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,6 +105,7 @@ class Begun:
 
     cached_tokens: int
     prompt_logprobs: tuple[Logprobs, ...] = field(default=())
+    blended_tokens: int = 0  # of chunks whose KV is approximate
 
 
 class Generator(Protocol):

@@ -39,12 +39,14 @@ class AttemptNotes:
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     exposed_s: float = 0.0
+    blended_tokens: int = 0
 
     def view(self) -> Attempt:
         return Attempt(
             self.attempt, self.choices, self.kind, self.prefill_worker, self.decode_worker, self.transport,
             self.resumed_tokens, self.cached_tokens, self.outcome, self.reason, self.message, self.kv_bytes,
             self.segments, self.queue_s, self.prefill_s, self.transfer_s, self.exposed_s,
+            self.blended_tokens,
         )  # fmt: skip
 
 
@@ -68,6 +70,7 @@ class Timeline:
     finish_reasons: tuple[str, ...] = ()
     output_tokens: int = 0
     cached_tokens: int = 0
+    blended_tokens: int = 0
     first_token_s: float | None = None
     ended_s: float | None = None
     error: str = ""
@@ -130,6 +133,7 @@ class Timeline:
             stages=tuple(self._stage(stage) for stage in self.stages),
             attempts=tuple(notes.view() for notes in self.attempts),
             decisions=tuple(placed.decision() for placed in self.placements),
+            blended_tokens=self.blended_tokens,
         )
 
     def _stage(self, stage: OpenStage) -> Stage:

@@ -137,6 +137,11 @@ class ControllerConfig(Section):
     decisions_kept: int = Field(default=1000, ge=1, description="Routing decisions and timelines kept for explain.")
     sse_keepalive_s: float = Field(default=10.0, gt=0, description="SSE comment while no token comes.")
     tokenizer_threads: int = Field(default=2, ge=1, description="Threads that tokenise prompts.")
+    kv_blend: bool = Field(
+        default=False,
+        description="Let requests ask that KV of their chunks be blended, which is approximate: only for a model that "
+        "`pdserve verify --blend` has passed.",
+    )
 
 
 class WorkerConfig(Section):

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from pdserve.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -65,6 +66,7 @@ class GenerateRequest(_message.Message):
     SKIP_TEXT_FIELD_NUMBER: _builtins.int
     NEXT_INDEX_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_TEXT_FIELD_NUMBER: _builtins.int
+    KV_BLEND_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """empty = made by the server"""
     model: _builtins.str
@@ -90,6 +92,8 @@ class GenerateRequest(_message.Message):
     def next_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """resume: per choice, the first output index that the caller lacks"""
 
+    @_builtins.property
+    def kv_blend(self) -> Global___KvBlend: ...
     def __init__(
         self,
         *,
@@ -106,16 +110,115 @@ class GenerateRequest(_message.Message):
         skip_text: _builtins.bool = ...,
         next_index: _abc.Iterable[_builtins.int] | None = ...,
         include_stop_text: _builtins.bool = ...,
+        kv_blend: Global___KvBlend | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "route", b"route", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_blend", b"kv_blend", "prompt", b"prompt", "route", b"route", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "include_stop_text", b"include_stop_text", "model", b"model", "n", b"n", "next_index", b"next_index", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "route", b"route", "sampling", b"sampling", "skip_text", b"skip_text", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "include_stop_text", b"include_stop_text", "kv_blend", b"kv_blend", "model", b"model", "n", b"n", "next_index", b"next_index", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "route", b"route", "sampling", b"sampling", "skip_text", b"skip_text", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class KvBlend(_message.Message):
+    """KV of chunks of the prompt may come from where they stood before: approximate, see docs/blend.md. Only where the cluster allows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Method:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[KvBlend._Method.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        METHOD_UNSPECIFIED: KvBlend._Method.ValueType  # 0
+        """METHOD_BLEND"""
+        METHOD_BLEND: KvBlend._Method.ValueType  # 1
+        """CacheBlend: the tokens whose KV deviates most are computed anew"""
+        METHOD_EPIC: KvBlend._Method.ValueType  # 2
+        """EPIC: the first tokens of each chunk"""
+
+    class Method(_Method, metaclass=_MethodEnumTypeWrapper): ...
+    METHOD_UNSPECIFIED: KvBlend.Method.ValueType  # 0
+    """METHOD_BLEND"""
+    METHOD_BLEND: KvBlend.Method.ValueType  # 1
+    """CacheBlend: the tokens whose KV deviates most are computed anew"""
+    METHOD_EPIC: KvBlend.Method.ValueType  # 2
+    """EPIC: the first tokens of each chunk"""
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    SEPARATOR_TEXT_FIELD_NUMBER: _builtins.int
+    SEPARATOR_IDS_FIELD_NUMBER: _builtins.int
+    method: Global___KvBlend.Method.ValueType
+    ratio: _builtins.float
+    """METHOD_BLEND: share of the chunks' tokens; absent = 0.15"""
+    first_tokens: _builtins.int
+    """METHOD_EPIC; absent = 32"""
+    separator_text: _builtins.str
+    separator_ids: _builtins.bytes
+    """little-endian int32"""
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSpan]:
+        """in order, disjoint; or:"""
+
+    def __init__(
+        self,
+        *,
+        method: Global___KvBlend.Method.ValueType = ...,
+        ratio: _builtins.float | None = ...,
+        first_tokens: _builtins.int | None = ...,
+        chunks: _abc.Iterable[Global___TokenSpan] | None = ...,
+        separator_text: _builtins.str = ...,
+        separator_ids: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_tokens", b"_first_tokens", "_ratio", b"_ratio", "first_tokens", b"first_tokens", "ratio", b"ratio", "separator", b"separator", "separator_ids", b"separator_ids", "separator_text", b"separator_text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_tokens", b"_first_tokens", "_ratio", b"_ratio", "chunks", b"chunks", "first_tokens", b"first_tokens", "method", b"method", "ratio", b"ratio", "separator", b"separator", "separator_ids", b"separator_ids", "separator_text", b"separator_text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_tokens: _TypeAlias = _typing.Literal["first_tokens"]  # noqa: Y015
+    _WhichOneofArgType__first_tokens: _TypeAlias = _typing.Literal["_first_tokens", b"_first_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__ratio: _TypeAlias = _typing.Literal["ratio"]  # noqa: Y015
+    _WhichOneofArgType__ratio: _TypeAlias = _typing.Literal["_ratio", b"_ratio"]  # noqa: Y015
+    _WhichOneofReturnType_separator: _TypeAlias = _typing.Literal["separator_text", "separator_ids"]  # noqa: Y015
+    _WhichOneofArgType_separator: _TypeAlias = _typing.Literal["separator", b"separator"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_tokens) -> _WhichOneofReturnType__first_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ratio) -> _WhichOneofReturnType__ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_separator) -> _WhichOneofReturnType_separator | None: ...
+
+Global___KvBlend: _TypeAlias = KvBlend  # noqa: Y015
+
+@_typing.final
+class TokenSpan(_message.Message):
+    """Tokens [start, end) of the prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenSpan: _TypeAlias = TokenSpan  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -202,19 +305,23 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    BLENDED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
+    blended_tokens: _builtins.int
+    """of chunks whose KV was blended"""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        blended_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blended_tokens", b"blended_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

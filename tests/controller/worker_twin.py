@@ -407,6 +407,7 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
 
     def _started(self, work: worker_pb2.Work) -> None:
         started = worker_pb2.DispatchStarted(dispatch=work.dispatch, cached_tokens=16, queue_us=10)
+        started.blended_tokens = sum(chunk.count for chunk in work.chunks)
         self.tell(worker_pb2.SessionResponse(started=started))
 
     def _failed(self, work: worker_pb2.Work, reason: str) -> None:
