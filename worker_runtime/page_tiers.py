@@ -4,8 +4,9 @@
     submit(work) ------------------------------------------------> Submit
         |                                                            ^
         +-- LoadPages --> PagesOpened --> load in a thread --> PagesLoaded
-                                              |                      ^
-                                              +-- deadline: Submit --+  (its blocks stay open until the thread is done)
+                               |     and pull from a peer            ^
+                               |              |                      |
+                               +--------------+-- deadline: Submit --+  (its blocks stay open until nobody writes to them)
 
 A load that fails, comes late or comes short changes nothing but what is computed: pages that were verified enter the prefix
 index, the rest of the prompt is prefilled.
@@ -15,39 +16,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from engine.prefix_index import KeyChain, PageKey
 from engine.protocol import (
     Cancel,
-    ChunkSpan,
     Dispatch,
     EngineReady,
     KvOffered,
-    LoadPages,
+    KvSource,
     OfferPages,
-    PagesLoaded,
     PagesOpened,
     PagesSaved,
     Submit,
     Work,
 )
-from kv_store.page import Page, PageBytes, PageFormat, PageId
-from kv_store.split import Speed, best_split
+from kv_store.page import Page, PageFormat, PageId
+from kv_store.split import Run, Speed, best_split
 from kv_store.tier import Change, TierListener
 from kv_store.tiered_store import LoadReport, TieredStore
-from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, fingerprint_seed, padded_chunk
+from kv_transfer.keys import HASH_BYTES
 from pdserve.errors import PdserveError, WorkerLost
 from service_kit.config import StoreConfig
 from service_kit.logs import get_logger
 from worker_runtime.engine_link import EngineLink
+from worker_runtime.page_openings import PageOpenings
+from worker_runtime.page_pulls import PEER_TIER, OpenPages, PagePulls
 from worker_runtime.session import SessionHub
+from worker_runtime.stretches import Stretch, StretchCutter
 from worker_runtime.task_owner import TaskOwner
+from worker_runtime.tier_reads import TierReads, arena_pages
 
 LOAD_THREADS = 2
 STUCK_GRACE_S = 0.25  # beyond the deadline of a load, for the read in progress
@@ -70,23 +69,20 @@ class LoadFigures:
     load_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Whole pages that may be loaded one after the other: the beginning of a prompt, or a chunk. keys: of its hash units. in_parts:
-    the first of them are worth loading without the others."""
-
-    token_ids: bytes
-    keys: bytes
-    tenant: bytes
-    pages: list[PageKey]
-    in_parts: bool
-
-
 @dataclass(slots=True)
 class _Waiting:
     """A dispatch whose pages are being loaded; cancels of single choices that came meanwhile."""
 
     cancelled: list[tuple[int, ...]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be loaded: pages before `own_end` from our tiers, those after it from `source`."""
+
+    stretch: Stretch
+    own_end: int
+    source: KvSource | None
 
 
 def page_format(ready: EngineReady) -> PageFormat:
@@ -115,7 +111,7 @@ OpenStore = Callable[[PageFormat, TierNews], TieredStore]
 
 
 class PageTiers:
-    """holds(unit key): whether the engine's prefix index has it, as far as this process knows."""
+    """holds(unit key): whether the engine's prefix index has it, as far as this process knows. pulls: None = from no peer."""
 
     def __init__(
         self,
@@ -124,8 +120,11 @@ class PageTiers:
         config: StoreConfig,
         tasks: TaskOwner,
         holds: Callable[[bytes], bool],
+        pulls: PagePulls | None = None,
     ) -> None:
         layout = engine.ready.layout
+        self.openings = PageOpenings(engine)
+        self.cutter = StretchCutter(engine.ready)
         self.figures = LoadFigures()
         self.compute = Speed(_UNMEASURED_COMPUTE_S)
         self._store = store
@@ -134,14 +133,12 @@ class PageTiers:
         self._tasks = tasks
         self._holds = holds
         self._page_tokens = layout.page_tokens
-        self._seed = fingerprint_seed(engine.ready.identity)
-        flat: PageBytes = np.frombuffer(engine.arena.whole(), dtype=np.uint8)
-        self._arena = flat.reshape(layout.layers, layout.blocks, layout.block_bytes)
+        self._pulls = pulls
+        self._arena = arena_pages(engine)
+        self._reads = TierReads(store, self._arena, LOAD_THREADS, "kv-load")
+        self._filling: set[asyncio.Task[LoadReport]] = set()
         self._savers = ThreadPoolExecutor(1, "kv-save")
-        self._loaders = ThreadPoolExecutor(LOAD_THREADS, "kv-load")
         self._waiting: dict[Dispatch, _Waiting] = {}
-        self._opened: dict[int, asyncio.Future[PagesOpened]] = {}
-        self._next_load = 1
         engine.send(OfferPages(max(1, int(config.offered_share * layout.blocks))))
 
     # ---- saving
@@ -190,97 +187,97 @@ class PageTiers:
             self._engine.send(Cancel(dispatch, choices))
 
     def opened(self, event: PagesOpened) -> None:
-        waiter = self._opened.pop(event.load_id, None)
-        if waiter is not None and not waiter.done():
-            waiter.set_result(event)
-        else:
-            self._send(PagesLoaded(event.load_id, 0))
+        self.openings.opened(event)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A prefill computed so many tokens: what a load competes with."""
         self.compute.measured(tokens // self._page_tokens, seconds)
 
     def close(self) -> None:
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        self._reads.close()
         self._savers.shutdown(wait=False, cancel_futures=True)
         self._store.close()
 
     # ---- parts
 
-    def _missing(self, work: Work) -> list[_Stretch]:
+    def _missing(self, work: Work) -> list[Stretch]:
         """What may be reused of the prompt and is not on the device, as far as this process knows."""
         if work.sampling.prompt_logprobs is not None:
             return []
-        stretches = [self._chunk(work, chunk) for chunk in work.chunks] if work.blend else [self._prefix(work)]
-        return [stretch for stretch in stretches if stretch.pages and not self._holds(stretch.pages[-1].key)]
+        cutter = self.cutter
+        stretches = [cutter.chunk(work, chunk) for chunk in work.chunks] if work.blend else [cutter.prefix(work)]
+        return [stretch for stretch in stretches if stretch.ids and not self._holds(stretch.ids[-1].key)]
 
-    def _prefix(self, work: Work) -> _Stretch:
-        # The last token is always computed, for its logits; pages beyond the given keys are looked up by nobody.
-        given_tokens = len(work.block_hashes) // HASH_BYTES * HASH_UNIT_TOKENS
-        count = min(len(work.token_ids) // TOKEN_BYTES - 1, given_tokens) // self._page_tokens
-        return self._stretch(work.token_ids, work.block_hashes, work.tenant, count, in_parts=True)
-
-    def _chunk(self, work: Work, chunk: ChunkSpan) -> _Stretch:
-        content = work.token_ids[chunk.start * TOKEN_BYTES : (chunk.start + chunk.count) * TOKEN_BYTES]
-        padded = padded_chunk(content, self._page_tokens)
-        count = len(padded) // TOKEN_BYTES // self._page_tokens
-        return self._stretch(padded, chunk.keys, work.tenant, count, in_parts=False)
-
-    def _stretch(self, token_ids: bytes, keys: bytes, tenant: bytes, count: int, *, in_parts: bool) -> _Stretch:
-        tokens = array("i", token_ids[: count * self._page_tokens * TOKEN_BYTES])
-        pages = KeyChain(self._page_tokens, keys, self._seed).pages(tokens, count)
-        return _Stretch(tokens.tobytes(), keys, tenant, pages, in_parts)
-
-    async def _load_and_submit(self, command: Submit, stretches: Sequence[_Stretch]) -> None:
+    async def _load_and_submit(self, command: Submit, stretches: Sequence[Stretch]) -> None:
         deadline_s = time.monotonic() + self._config.load_deadline_s
         for stretch in stretches:
-            await self._load_stretch(stretch, deadline_s)
+            await self._load_stretch(stretch, command.work.source, deadline_s)
         self._enter(command)
 
-    async def _load_stretch(self, stretch: _Stretch, deadline_s: float) -> None:
-        held = next((at for at, page in enumerate(stretch.pages) if not self._holds(page.key)), len(stretch.pages))
-        ids = [PageId(page.key, page.fingerprint) for page in stretch.pages]
+    async def _load_stretch(self, stretch: Stretch, source: KvSource | None, deadline_s: float) -> None:
+        ids = stretch.ids
+        held = next((at for at, page in enumerate(ids) if not self._holds(page.key)), len(ids))
         self.figures.queried_tokens += (len(ids) - held) * self._page_tokens
-        loop = asyncio.get_running_loop()
-        runs = await loop.run_in_executor(self._loaders, self._store.locate, ids[held:])
+        runs = await self._reads.locate(ids[held:])
+        own_end = held + sum(run.pages for run in runs)
+        peer = self._peer_run(stretch, source, own_end)
+        runs += [peer] if peer is not None else []
         if not runs:
             return
-        split = best_split(runs, len(ids) - held, self._store.speeds, self.compute.page_s)
+        split = best_split(runs, len(ids) - held, self._speeds(), self.compute.page_s)
         if split.load_pages and (stretch.in_parts or held + split.load_pages == len(ids)):
-            await self._load(stretch, ids[: held + split.load_pages], deadline_s)
+            await self._load(_Plan(stretch.first(held + split.load_pages), own_end, source), deadline_s)
         else:
             self.figures.not_worth_it += 1
 
-    async def _load(self, stretch: _Stretch, ids: Sequence[PageId], deadline_s: float) -> None:
-        opened = await self._open(stretch, len(ids), deadline_s)
+    def _peer_run(self, stretch: Stretch, source: KvSource | None, own_end: int) -> Run | None:
+        if self._pulls is None or not stretch.in_parts:
+            return None
+        return self._pulls.run(source, own_end, len(stretch.ids))
+
+    def _speeds(self) -> dict[str, Speed]:
+        peer = {PEER_TIER: self._pulls.speed} if self._pulls is not None else {}
+        return {**self._store.speeds, **peer}
+
+    async def _load(self, plan: _Plan, deadline_s: float) -> None:
+        opened = await self.openings.open(plan.stretch.to_load, deadline_s)
         if opened is None or not opened.blocks:
             self.figures.no_room += 1
             if opened is not None:
-                self._send(PagesLoaded(opened.load_id, 0))
+                self.openings.end(opened.load_id, 0)
             return
-        into = [self._arena[:, block] for block in opened.blocks]
-        loop = asyncio.get_running_loop()
         started_s = time.monotonic()
-        loading = loop.run_in_executor(self._loaders, self._store.load, ids[opened.first_page :], into, deadline_s)
-        loading.add_done_callback(lambda done: self._loaded(opened.load_id, done))
-        await asyncio.wait([loading], timeout=max(0.0, deadline_s - started_s) + STUCK_GRACE_S)
+        filling = asyncio.create_task(self._fill(plan, opened, deadline_s), name="kv-fill")
+        self._filling.add(filling)
+        filling.add_done_callback(lambda done: self._filled(opened.load_id, done))
+        await asyncio.wait([filling], timeout=max(0.0, deadline_s - started_s) + STUCK_GRACE_S)
         self.figures.load_s += time.monotonic() - started_s
-        self.figures.late += not loading.done() or loading.result().late
+        self.figures.late += not filling.done() or filling.result().late
 
-    async def _open(self, stretch: _Stretch, pages: int, deadline_s: float) -> PagesOpened | None:
-        load_id, self._next_load = self._next_load, self._next_load + 1
-        waiter: asyncio.Future[PagesOpened] = asyncio.get_running_loop().create_future()
-        self._opened[load_id] = waiter
-        token_ids = stretch.token_ids[: pages * self._page_tokens * TOKEN_BYTES]
-        self._engine.send(LoadPages(load_id, token_ids, stretch.keys, stretch.tenant))
+    async def _fill(self, plan: _Plan, opened: PagesOpened, deadline_s: float) -> LoadReport:
+        """From our own tiers and from the peer side by side. Nobody writes to the opened blocks any more when it is done."""
+        first = opened.first_page
+        own = max(0, min(plan.own_end - first, len(opened.blocks)))
+        pulling = asyncio.create_task(self._pull(plan, opened, own, deadline_s), name="kv-pull")
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline_s - time.monotonic()):
-                return await waiter
-        except TimeoutError:
-            return None  # `opened` gives the blocks back when the answer comes
+            ids, blocks = plan.stretch.ids[first : first + own], opened.blocks[:own]
+            report = await self._reads.load(ids, blocks, deadline_s) if own else LoadReport()
+        finally:
+            pulled = await pulling
+        if pulled and report.good == own:  # else there is a gap before what was pulled
+            report.good += pulled
+            report.by_tier[PEER_TIER] += pulled
+        return report
 
-    def _loaded(self, load_id: int, done: asyncio.Future[LoadReport]) -> None:
-        """The thread is done with the blocks, however late."""
+    async def _pull(self, plan: _Plan, opened: PagesOpened, own: int, deadline_s: float) -> int:
+        if self._pulls is None or plan.source is None or own == len(opened.blocks):
+            return 0
+        into = OpenPages(opened.first_page + own, opened.blocks[own:], opened.generations[own:])
+        return await self._pulls.pull(plan.source, plan.stretch, into, deadline_s)
+
+    def _filled(self, load_id: int, done: asyncio.Task[LoadReport]) -> None:
+        """However late."""
+        self._filling.discard(done)
         error = None if done.cancelled() else done.exception()
         report = LoadReport() if done.cancelled() or error is not None else done.result()
         if error is not None:
@@ -288,7 +285,7 @@ class PageTiers:
         for tier, pages in report.by_tier.items():
             tokens = pages * self._page_tokens
             self.figures.loaded_tokens[tier] = self.figures.loaded_tokens.get(tier, 0) + tokens
-        self._send(PagesLoaded(load_id, report.good))
+        self.openings.end(load_id, report.good)
 
     def _load_failed(self, command: Submit, error: PdserveError) -> None:
         log.warning("load_failed", request_id=command.work.request_id, reason=error.reason, message=error.message)
@@ -299,7 +296,7 @@ class PageTiers:
         for choices in self._waiting.pop(command.work.dispatch).cancelled:
             self._send(Cancel(command.work.dispatch, choices))
 
-    def _send(self, command: Submit | Cancel | PagesSaved | PagesLoaded) -> None:
+    def _send(self, command: Submit | Cancel | PagesSaved) -> None:
         """Without effect once the engine is gone: the node ends then."""
         try:
             self._engine.send(command)
