@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.live_cluster import live_cluster
 from benchmarks.load import LoadReport
 from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
 
@@ -68,29 +68,12 @@ class Rounds:
 @contextmanager
 def cluster(flags: Sequence[str]) -> Iterator[str]:
     """A running cluster; yields HOST:PORT."""
-    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
-        place = ("--state-dir", str(Path(folder) / "state"))
-        command = (str(Path(sys.executable).with_name("pdserve")),)
-        sizes = ("--prefill", "0", "--decode", "0") if "--both" in flags else ()
-        up = (
-            *command,
-            "up",
-            *place,
-            "--detach",
-            "-o",
-            "json",
-            "--port",
-            "0",
-            *sizes,
-            *flags,
-            "--set",
-            "engine.threads=1",
-        )
-        try:
-            answer = subprocess.run(up, check=True, capture_output=True, text=True, timeout=START_S)
-            yield str(json.loads(answer.stdout)["api_url"]).removeprefix("http://")
-        finally:
-            subprocess.run((*command, "down", *place), check=False, capture_output=True, timeout=START_S)
+    sizes = ("--prefill", "0", "--decode", "0") if "--both" in flags else ()
+    with (
+        tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder,
+        live_cluster(Path(folder) / "state", (*sizes, *flags, "--set", "engine.threads=1")) as running,
+    ):
+        yield running.url.removeprefix("http://")
 
 
 def load(address: str, streams: int, tokens: tuple[int, int], seconds: float, seed: int) -> subprocess.Popen[bytes]:

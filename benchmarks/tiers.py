@@ -1,0 +1,162 @@
+"""Time to the first token with a prompt's KV on the device, in host memory, on disk and after a restart, against computing it.
+
+`python -m benchmarks.tiers [--full]`. A real cluster (1 prefill + 1 decode worker) of a random 100M-parameter Llama; prompts of
+distinct random tokens, asked one at a time for one token. The device holds fewer prompts than the host tier, that one fewer than the
+disk. Where a prompt came from follows from the order of asking; that it was not computed is what its answer says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.live_cluster import LiveCluster, live_cluster
+from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_random_llama
+from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
+
+PAGE_TOKENS = 16
+ON_DEVICE, IN_HOST = 2, 5  # prompts that the device and the host tier hold, a little more than that
+PROMPTS: dict[Mode, int] = {"quick": 8, "full": 12}
+TOKENS: dict[Mode, Sequence[int]] = {"quick": (1024,), "full": (1024, 4096)}
+SETTLE_S = 60.0
+SHIPPED = Path(__file__).parents[1] / "models" / "pdserve-tiny"
+Prompt = list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request: seconds from sending it to its only token, and how much of the prompt was not computed."""
+
+    seconds: float
+    cached_tokens: int
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds by where the KV came from."""
+
+    computed: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    disk: list[float] = field(default_factory=list)
+    restarted: list[float] = field(default_factory=list)
+    hits_after: float = 0.0
+
+
+def ask(cluster: LiveCluster, prompt: Prompt) -> Asked:
+    started_s = time.monotonic()
+    answer = cluster.post("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0})
+    seconds = time.monotonic() - started_s
+    usage = answer["usage"]
+    assert isinstance(usage, dict)
+    return Asked(seconds, int(usage["prompt_tokens_details"]["cached_tokens"]))
+
+
+def prompts_of(count: int, tokens: int) -> list[Prompt]:
+    rng = random.Random(tokens)
+    return [[rng.randrange(10, LLAMA_100M.vocab) for _ in range(tokens)] for _ in range(count)]
+
+
+def flags_of(model: Path, tokens: int, count: int, threads: int) -> list[str]:
+    page_bytes = LLAMA_100M.kv_elements_per_token * PAGE_TOKENS * 4
+    prompt_bytes = (tokens // PAGE_TOKENS + 2) * page_bytes
+    settings = {
+        "engine.kv_bytes": round((ON_DEVICE + 0.5) * prompt_bytes),
+        "engine.threads": threads,
+        "model.served_name": "m",
+        "store.host_bytes": round((IN_HOST + 0.5) * prompt_bytes),
+        "store.disk_bytes": 2 * count * prompt_bytes + 2**28,
+    }
+    pairs = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    return ["--model", str(model), "--prefill", "1", "--decode", "1", *pairs]
+
+
+def measure_tokens(model: Path, tokens: int, count: int, threads: int) -> Times:
+    times, prompts = Times(), prompts_of(count, tokens)
+    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
+        state, flags = Path(folder) / "state", flags_of(model, tokens, count, threads)
+        with live_cluster(state, flags) as cluster:
+            for prompt in prompts:
+                times.computed.append(ask(cluster, prompt).seconds)
+            settle(cluster, count * (tokens // PAGE_TOKENS))
+            times.device = reused([ask(cluster, prompts[-1]) for _ in range(3)], tokens)
+            times.host = reused([ask(cluster, prompt) for prompt in prompts[-ON_DEVICE - 2 : -ON_DEVICE]], tokens)
+            times.disk = reused([ask(cluster, prompt) for prompt in prompts[: count - IN_HOST - 1]], tokens)
+            settle(cluster, count * (tokens // PAGE_TOKENS))
+            cluster.kill_everything()
+        with live_cluster(state, flags) as cluster:
+            after = [ask(cluster, prompt) for prompt in prompts]
+            times.restarted = reused(after, tokens)
+            times.hits_after = sum(asked.cached_tokens for asked in after) / (len(after) * tokens)
+    return times
+
+
+def reused(asked: Sequence[Asked], tokens: int) -> list[float]:
+    """Their times. Raises where a prompt was computed after all: its time would be told as another one's."""
+    for each in asked:
+        if each.cached_tokens < tokens - PAGE_TOKENS:
+            raise RuntimeError(f"Only {each.cached_tokens} of {tokens} tokens were found; the prompt was computed.")
+    return [each.seconds for each in asked]
+
+
+def settle(cluster: LiveCluster, pages: int) -> None:
+    """Until the disk of the prefill worker holds so many pages."""
+    deadline_s = time.monotonic() + SETTLE_S
+    while (held := pages_on_disk(cluster)) < pages:
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"{held} of {pages} pages went to disk within {SETTLE_S:.0f} s.")
+        time.sleep(0.05)
+
+
+def pages_on_disk(cluster: LiveCluster) -> int:
+    workers = cluster.get("/api/v1/kv")["workers"]
+    assert isinstance(workers, list)
+    return sum(tier["pages"] for worker in workers for tier in worker["tiers"] if tier["tier"] == "disk")
+
+
+def measurements(tokens: int, times: Times) -> list[Measurement]:
+    computed = ("computed in the same cluster", times.computed[1:])
+    sources = {"device": times.device, "host": times.host, "disk": times.disk, "disk after SIGKILL": times.restarted}
+    rows = [measure(f"TTFT of {tokens} tokens, computed", "s", times.computed[1:])]
+    rows += [
+        compare(f"TTFT of {tokens} tokens, {name}", "s", seconds, computed, "lower")
+        for name, seconds in sources.items()
+    ]
+    return [
+        *rows,
+        measure(f"share of {tokens}-token prompts found after SIGKILL of everything", "", [times.hits_after], "higher"),
+    ]
+
+
+def run(mode: Mode, threads: int) -> Result:
+    rows: list[Measurement] = []
+    with tempfile.TemporaryDirectory(prefix="pdserve-model-") as folder:
+        model = write_random_llama(Path(folder) / "model")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(SHIPPED / name, model)  # prompts are token ids, but a cluster serves no model without one
+        for tokens in TOKENS[mode]:
+            rows += measurements(tokens, measure_tokens(model, tokens, PROMPTS[mode], threads))
+    settings: dict[str, str | int | float | bool] = {"model": DESCRIPTION, "threads": threads, "prompts": PROMPTS[mode]}
+    return result("tiers", mode, settings, rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--threads", type=int, default=2, help="of each engine")
+    options = parser.parse_args(arguments)
+    measured = run("full" if options.full else "quick", options.threads)
+    print(table(measured))
+    print(f"written to {write_result(measured)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
