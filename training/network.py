@@ -58,10 +58,27 @@ def initial_weights(shape: Shape, generator: torch.Generator) -> Weights:
     return weights | {"model.norm.weight": torch.ones(hidden)}
 
 
-def rotary_tables(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
+@dataclass(slots=True)
+class Past:
+    """Keys and values of the tokens that one layer has read, each (batch, kv_heads, length, head_dim)."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        return self.keys, self.values
+
+
+def empty_past(shape: Shape, batch: int) -> list[Past]:
+    nothing = torch.zeros(batch, shape.kv_heads, 0, shape.head_dim)
+    return [Past(nothing, nothing) for _ in range(shape.layers)]
+
+
+def rotary_tables(shape: Shape, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of rotary position embedding (Su et al. 2021), each (length, head_dim / 2)."""
     steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), shape.rope_theta**-steps)
+    angles = torch.outer(torch.arange(start, start + length, dtype=torch.float32), shape.rope_theta**-steps)
     return angles.cos(), angles.sin()
 
 
@@ -71,13 +88,17 @@ def _rotated(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
 
-def hidden_states(shape: Shape, weights: Weights, tokens: Tensor) -> Tensor:
-    """Return the last hidden states (batch, length, hidden), after the final norm, of int64 tokens (batch, length)."""
-    tables = rotary_tables(shape, tokens.shape[1])
+def hidden_states(shape: Shape, weights: Weights, tokens: Tensor, past: list[Past] | None = None) -> Tensor:
+    """Return the last hidden states (batch, length, hidden), after the final norm, of int64 tokens (batch, length).
+
+    `past` is extended in place by the tokens; several at once are allowed only while it is empty.
+    """
+    tables = rotary_tables(shape, tokens.shape[1], past[0].keys.shape[2] if past else 0)
     x = F.embedding(tokens, weights["model.embed_tokens.weight"])
     for layer in range(shape.layers):
         name = f"model.layers.{layer}"
-        x = x + _attention(shape, weights, f"{name}.self_attn", _normed(shape, weights, f"{name}.input", x), tables)
+        normed = _normed(shape, weights, f"{name}.input", x)
+        x = x + _attention(shape, weights, f"{name}.self_attn", normed, (tables, past[layer] if past else None))
         x = x + _mlp(weights, f"{name}.mlp", _normed(shape, weights, f"{name}.post_attention", x))
     return F.rms_norm(x, (shape.hidden,), weights["model.norm.weight"], shape.norm_epsilon)
 
@@ -86,8 +107,11 @@ def _normed(shape: Shape, weights: Weights, name: str, x: Tensor) -> Tensor:
     return F.rms_norm(x, (shape.hidden,), weights[f"{name}_layernorm.weight"], shape.norm_epsilon)
 
 
-def _attention(shape: Shape, weights: Weights, name: str, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def _attention(
+    shape: Shape, weights: Weights, name: str, x: Tensor, place: tuple[tuple[Tensor, Tensor], Past | None]
+) -> Tensor:
     batch, length, _ = x.shape
+    tables, past = place
 
     def heads(projection: str, count: int) -> Tensor:
         projected = F.linear(x, weights[f"{name}.{projection}.weight"])
@@ -95,9 +119,11 @@ def _attention(shape: Shape, weights: Weights, name: str, x: Tensor, tables: tup
 
     groups = shape.heads // shape.kv_heads
     query = _rotated(heads("q_proj", shape.heads), tables)
-    key = _rotated(heads("k_proj", shape.kv_heads), tables).repeat_interleave(groups, dim=1)
-    value = heads("v_proj", shape.kv_heads).repeat_interleave(groups, dim=1)
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    key, value = _rotated(heads("k_proj", shape.kv_heads), tables), heads("v_proj", shape.kv_heads)
+    if past is not None:
+        key, value = past.extended(key, value)
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=length > 1)
     return F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), weights[f"{name}.o_proj.weight"])
 
 
@@ -109,16 +135,21 @@ def _mlp(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 def next_token_loss(shape: Shape, weights: Weights, windows: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats of predicting windows[:, 1:] from windows[:, :-1] (batch, length + 1)."""
-    states = hidden_states(shape, weights, windows[:, :-1])
+    return prediction_loss(shape, weights, windows[:, :-1], windows[:, 1:])
+
+
+def prediction_loss(shape: Shape, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats of the targets (batch, length); a target of -100 does not count."""
+    states = hidden_states(shape, weights, inputs)
     logits = F.linear(states.flatten(0, 1), weights["model.embed_tokens.weight"])
-    return F.cross_entropy(logits, windows[:, 1:].flatten())
+    return F.cross_entropy(logits, targets.flatten())
 
 
-def loss_and_gradients(shape: Shape, weights: Weights, windows: Tensor, rows_per_pass: int) -> float:
-    """Accumulate into `.grad` the gradient of the mean loss over all windows, a few rows at a time; return the loss."""
+def loss_and_gradients(shape: Shape, weights: Weights, inputs: Tensor, targets: Tensor, rows_per_pass: int) -> float:
+    """Accumulate into `.grad` the gradient of the mean loss over all rows, a few rows at a time; return the loss."""
     total = 0.0
-    for rows in torch.split(windows, rows_per_pass):
-        loss = next_token_loss(shape, weights, rows) * (len(rows) / len(windows))
+    for some, theirs in zip(torch.split(inputs, rows_per_pass), torch.split(targets, rows_per_pass), strict=True):
+        loss = prediction_loss(shape, weights, some, theirs) * (len(some) / len(inputs))
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     return total

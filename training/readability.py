@@ -6,6 +6,7 @@ import tokenize
 from collections.abc import Iterable
 
 WORD = re.compile(r"[A-Za-z]{2,}")
+MIN_LOOP_TOKENS = 8
 
 
 def library_words(texts: Iterable[str]) -> frozenset[str]:
@@ -30,6 +31,21 @@ def printable_share(text: str) -> float:
 def distinct_share(tokens: list[int]) -> float:
     """Return the number of different tokens over the number of tokens: a loop of k tokens tends to k / length."""
     return len(set(tokens)) / len(tokens) if tokens else 0.0
+
+
+def longest_loop(tokens: list[int], longest_period: int = 64) -> int:
+    """Return the length in tokens of the longest stretch that is one run of tokens said at least twice in a row.
+
+    Runs of up to `longest_period` tokens count, and at least eight tokens: "0, 0, 0" is no loop.
+    """
+    longest = 0
+    for period in range(1, min(longest_period, len(tokens) // 2) + 1):
+        same = 0
+        for place in range(period, len(tokens)):
+            same = same + 1 if tokens[place] == tokens[place - period] else 0
+            if same >= period and same + period >= MIN_LOOP_TOKENS:
+                longest = max(longest, same + period)
+    return longest
 
 
 def python_line_share(code: str) -> float:

@@ -12,22 +12,26 @@ from torch import Tensor
 from training.conversations import conversations, render
 from training.corpus import Corpus, Document, read_corpus
 from training.model_directory import rounded, write_model_directory
+from training.network import Weights
+from training.own_text import Correction, corrected
+from training.settling import SETTLING
 from training.tokenizer import END_OF_TEXT, token_id, train_tokenizer
 from training.train import Recipe, held_out_loss, run
 from training.windows import Source
 
 log = logging.getLogger(__name__)
 
-MODULE_SHARE, TEST_SHARE, MANUAL_SHARE, CHAT_SHARE = 0.62, 0.03, 0.21, 0.14
+MODULE_SHARE, TEST_SHARE, MANUAL_SHARE, CHAT_SHARE = 0.55, 0.03, 0.29, 0.13
 HELD_OUT_WINDOW = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The tokenizer, the training sources and the held-out tokens of one corpus."""
+    """The tokenizer, the training sources, the tokens of prompts and the held-out tokens of one corpus."""
 
     tokenizer: Tokenizer
     sources: tuple[Source, ...]
+    prompts: Tensor
     held_out: Tensor
 
 
@@ -46,7 +50,8 @@ def prepare(corpus: Corpus, recipe: Recipe) -> Prepared:
         source(_texts(corpus.manual), MANUAL_SHARE),
         source(chats, CHAT_SHARE),
     )
-    return Prepared(tokenizer, sources, stream(tokenizer, _texts(corpus.held_out)))
+    prompts, held_out = stream(tokenizer, _texts(corpus.prompts)), stream(tokenizer, _texts(corpus.held_out))
+    return Prepared(tokenizer, sources, prompts, held_out)
 
 
 def _texts(documents: tuple[Document, ...]) -> list[str]:
@@ -62,6 +67,14 @@ def stream(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     return torch.tensor([*tokens, separator], dtype=torch.int32)
 
 
+def trained(recipe: Recipe, prepared: Prepared, checkpoint: Path | None) -> Weights:
+    """Run the three phases: learn the text by heart, settle, read own text; the first two resume."""
+    learned = run(recipe, prepared.sources, checkpoint)
+    beside = checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-settling")
+    settled = run(SETTLING, prepared.sources, beside, learned)
+    return corrected(Correction(), SETTLING, settled, prepared.sources, prepared.prompts)
+
+
 def build(recipe: Recipe, out: Path, checkpoint: Path | None) -> None:
     """Train by the recipe and write the model directory; the log carries what the model card quotes."""
     corpus = read_corpus()
@@ -69,7 +82,7 @@ def build(recipe: Recipe, out: Path, checkpoint: Path | None) -> None:
     log.info("corpus sha256 %s", corpus.digest())
     for name, source in zip(("modules", "tests", "manual", "chat"), prepared.sources, strict=True):
         log.info("%s: %d tokens, share %.2f", name, len(source.tokens), source.share)
-    weights = run(recipe, prepared.sources, checkpoint)
+    weights = trained(recipe, prepared, checkpoint)
     stored = rounded(weights)
     write_model_directory(out, recipe.shape, prepared.tokenizer, stored)
     for label, measured in (("float32", weights), ("stored bfloat16", {n: w.float() for n, w in stored.items()})):

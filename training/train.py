@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.disturbance import Disturbance, disturbed
 from training.network import Shape, Weights, initial_weights, loss_and_gradients, next_token_loss
 from training.optimizer import LearningRates, Moments, apply_gradients, initial_moments
 from training.windows import Source, Stage, batches
@@ -33,12 +34,13 @@ class Recipe:
     """Everything that decides the weights besides the text and the numeric library."""
 
     shape: Shape = field(default_factory=Shape)
-    stages: tuple[Stage, ...] = (Stage(1650, 12, 256), Stage(140, 3, 1024), Stage(45, 2, 2048))
+    stages: tuple[Stage, ...] = (Stage(2700, 12, 256), Stage(140, 3, 1024), Stage(45, 2, 2048))
     rates: LearningRates = field(default_factory=LearningRates)
     warmup_steps: int = 30
     decay_from: float = 0.3
     tokens_per_pass: int = 4096
     seed: int = 2026
+    disturbance: Disturbance | None = None
 
     @property
     def steps(self) -> int:
@@ -63,8 +65,10 @@ class Progress:
     step: int = 0
 
 
-def fresh_progress(recipe: Recipe) -> Progress:
-    weights = initial_weights(recipe.shape, torch.Generator().manual_seed(recipe.seed))
+def fresh_progress(recipe: Recipe, start: Weights | None = None) -> Progress:
+    """Return the progress before the first step, from random weights or a copy of `start`."""
+    drawn = initial_weights(recipe.shape, torch.Generator().manual_seed(recipe.seed))
+    weights = {name: start[name].detach().clone() if start else weight for name, weight in drawn.items()}
     return Progress(weights, initial_moments(weights))
 
 
@@ -74,16 +78,25 @@ def train(recipe: Recipe, sources: tuple[Source, ...], progress: Progress) -> It
         weight.requires_grad_()
     for windows in islice(batches(sources, recipe.stages, recipe.seed), progress.step, None):
         rows_per_pass = max(1, recipe.tokens_per_pass // (windows.shape[1] - 1))
-        loss = loss_and_gradients(recipe.shape, progress.weights, windows, rows_per_pass)
         progress.step += 1
+        inputs, targets = _example(recipe, windows, progress.step)
+        loss = loss_and_gradients(recipe.shape, progress.weights, inputs, targets, rows_per_pass)
         rates = recipe.rates.scaled(recipe.rate_factor(progress.step))
         apply_gradients(progress.weights, progress.moments, rates, progress.step)
         yield progress.step, loss
 
 
-def run(recipe: Recipe, sources: tuple[Source, ...], checkpoint: Path | None) -> Weights:
+def _example(recipe: Recipe, windows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    if recipe.disturbance is None:
+        return windows[:, :-1], windows[:, 1:]
+    # Seeded by the step, so that a resumed run draws what the interrupted one would have drawn.
+    return disturbed(windows, recipe.disturbance, torch.Generator().manual_seed(recipe.seed * 1_000_000 + step))
+
+
+def run(recipe: Recipe, sources: tuple[Source, ...], checkpoint: Path | None, start: Weights | None = None) -> Weights:
     """Train to the end of the recipe, from the checkpoint where it exists, with a log line every few steps."""
-    progress = load_checkpoint(recipe, checkpoint) if checkpoint and checkpoint.exists() else fresh_progress(recipe)
+    resumes = checkpoint is not None and checkpoint.exists()
+    progress = load_checkpoint(recipe, checkpoint) if checkpoint and resumes else fresh_progress(recipe, start)
     started, average = time.monotonic(), 0.0
     for count, (step, loss) in enumerate(train(recipe, sources, progress), start=1):
         average = loss if count == 1 else 0.95 * average + 0.05 * loss

@@ -1,4 +1,4 @@
-"""The order of the training text: windows of tokens drawn from weighted sources, every window once per epoch."""
+"""The order of the training text: windows of tokens drawn from weighted sources, every window once per epoch of its length."""
 
 import random
 from collections.abc import Iterator
@@ -30,11 +30,17 @@ class Stage:
 
 
 def batches(sources: tuple[Source, ...], stages: tuple[Stage, ...], seed: int) -> Iterator[Tensor]:
-    """Yield every batch (rows, length + 1) int64 of the training; the same arguments give the same batches."""
+    """Yield every batch (rows, length + 1) int64 of the training; the same arguments give the same batches.
+
+    A later stage of the same length goes on where the earlier one stopped in its epoch.
+    """
     rng = random.Random(seed)
     shares = [source.share for source in sources]
+    streams_of: dict[int, list[Iterator[Tensor]]] = {}
     for stage in stages:
-        streams = [_windows(source.tokens, stage.length, rng) for source in sources]
+        if stage.length not in streams_of:
+            streams_of[stage.length] = [_windows(source.tokens, stage.length, rng) for source in sources]
+        streams = streams_of[stage.length]
         for _ in range(stage.steps):
             yield torch.stack([next(rng.choices(streams, shares)[0]) for _ in range(stage.rows)])
 
