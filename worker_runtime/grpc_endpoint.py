@@ -1,9 +1,16 @@
-"""Owns the worker's gRPC server: both services, the address that peers are given, and who may speak with it."""
+"""Owns the worker's gRPC server: its services, the address that peers are given, and who may speak with it."""
 
 from __future__ import annotations
 
 from pdserve.errors import ConfigInvalid
-from pdserve.v1 import handoff_pb2, handoff_pb2_grpc, worker_pb2, worker_pb2_grpc
+from pdserve.v1 import (
+    handoff_pb2,
+    handoff_pb2_grpc,
+    kv_pull_pb2,
+    kv_pull_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 from service_kit.api_keys import ApiKeys
 from service_kit.config import ClusterConfig
 from service_kit.exposure import is_loopback
@@ -12,6 +19,7 @@ from service_kit.grpc_server import build_server, server_credentials
 _SERVICES = (
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
     handoff_pb2.DESCRIPTOR.services_by_name["HandoffService"].full_name,
+    kv_pull_pb2.DESCRIPTOR.services_by_name["KvPullService"].full_name,
 )
 
 
@@ -39,10 +47,16 @@ class GrpcEndpoint:
         self.address = self._grpc.bind(config.worker.host, 0, credentials)
 
     async def start(
-        self, sessions: worker_pb2_grpc.WorkerServiceServicer, handoffs: handoff_pb2_grpc.HandoffServiceServicer
+        self,
+        sessions: worker_pb2_grpc.WorkerServiceServicer,
+        handoffs: handoff_pb2_grpc.HandoffServiceServicer,
+        pulls: kv_pull_pb2_grpc.KvPullServiceServicer | None,
     ) -> None:
+        """pulls: None = every pull is refused as unimplemented."""
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(sessions, self._grpc.server)
         handoff_pb2_grpc.add_HandoffServiceServicer_to_server(handoffs, self._grpc.server)
+        if pulls is not None:
+            kv_pull_pb2_grpc.add_KvPullServiceServicer_to_server(pulls, self._grpc.server)
         await self._grpc.start()
 
     async def serving(self, ready: bool) -> None:

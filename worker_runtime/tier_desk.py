@@ -18,6 +18,8 @@ from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
 from worker_runtime.engine_link import EngineLink
 from worker_runtime.kv_commands import Bounds, OpenTier, carry_out, open_tiers
+from worker_runtime.page_loans import LoanFigures
+from worker_runtime.page_pulls import PullFigures
 from worker_runtime.page_tiers import LoadFigures
 from worker_runtime.session import DEVICE_TIER
 from worker_runtime.task_owner import TaskOwner
@@ -44,6 +46,8 @@ class TierDesk:
         self._store: TieredStore | None = None
         self._tiers: Sequence[OpenTier] = ()
         self._loads: LoadFigures | None = None
+        self._pulls = PullFigures()
+        self._loans = LoanFigures()
         self._commands = ThreadPoolExecutor(1, "kv-operator")
         self._looks = ThreadPoolExecutor(1, "kv-figures")
         self._waiting = 0
@@ -51,8 +55,10 @@ class TierDesk:
         self._looked_s = -FIGURES_PERIOD_S
         self._looking: asyncio.Future[list[worker_pb2.TierReport]] | None = None
 
-    def attach(self, store: TieredStore, loads: LoadFigures) -> None:
+    def attach(self, store: TieredStore, loads: LoadFigures, pulls: PullFigures, loans: LoanFigures) -> None:
         self._store = store
+        self._pulls = pulls
+        self._loans = loans
         self._tiers = open_tiers(store.tiers)
         self._loads = loads
 
@@ -84,6 +90,9 @@ class TierDesk:
                 offers_skipped=loads.offers_skipped,
                 dropped_on_the_way_down=self._store.dropped_on_the_way_down,
                 load_s=loads.load_s,
+                failed_pulls=self._pulls.failed,
+                lent_tokens=self._loans.lent_tokens,
+                failed_loans=self._loans.failed,
             )
         )
         if self._looking is None and not self._closed and self._clock() - self._looked_s >= FIGURES_PERIOD_S:

@@ -24,6 +24,8 @@ from worker_runtime.holding import Holding, RoleName
 from worker_runtime.kv_endpoint import KvEndpoint, kv_side, open_transports
 from worker_runtime.kv_index import KvIndex
 from worker_runtime.load import LoadBoard
+from worker_runtime.page_loans import PageLoans
+from worker_runtime.page_pulls import PagePulls
 from worker_runtime.page_tiers import OpenStore, PageTiers, TierNews, page_format
 from worker_runtime.registration import Registration
 from worker_runtime.reports import DispatchReports
@@ -33,6 +35,7 @@ from worker_runtime.session_service import SessionService
 from worker_runtime.snapshots import held_dispatches
 from worker_runtime.task_owner import TaskOwner
 from worker_runtime.tier_desk import TierDesk
+from worker_runtime.tier_reads import TierReads, arena_pages
 from worker_runtime.work_entrance import DirectEntrance, WorkEntrance
 
 SWEEP_S = 0.1
@@ -79,18 +82,17 @@ class WorkerNode:
             config.worker.orphan_s, config.worker.orphan_buffer_bytes, on_device, self._load.report, clock
         )
         self._tasks = TaskOwner()
-        self._tiers: PageTiers | None = None
-        self._tier_desk = TierDesk(link, self._tasks)
-        if open_store is not None:
-            store = open_store(page_format(link.ready), TierNews(self._hub, asyncio.get_running_loop()))
-            self._tiers = PageTiers(store, link, config.store, self._tasks, on_device.__contains__)
-            self._tier_desk.attach(store, self._tiers.figures)
-        self._entrance: WorkEntrance = self._tiers or DirectEntrance(link)
         side = kv_side(link.ready, settings.worker_id, settings.incarnation, link)
         to_workers = worker_credentials(config.security)
         self._kv = KvEndpoint(
             side, transports, config.transfer, link, lambda address: open_channel(address, to_workers)
         )
+        self._tiers: PageTiers | None = None
+        self._loans: PageLoans | None = None
+        self._tier_desk = TierDesk(link, self._tasks)
+        if open_store is not None:
+            self._open_tiers(open_store, on_device)
+        self._entrance: WorkEntrance = self._tiers or DirectEntrance(link)
         self._load.count_with(self._kv.figures)
         self._load.add_tiers_with(self._tier_desk.report_into)
         self._reports = DispatchReports(self._dispatches, self._hub, self._load.report)
@@ -169,10 +171,21 @@ class WorkerNode:
         await self._grpc.close(CLOSE_GRACE_S)
         self._tier_desk.close()
         await self._tasks.close()
+        if self._loans is not None:
+            await self._loans.close()
         await self._kv.close()
         await self._link.close()
         if self._tiers is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._tiers.close)
+
+    def _open_tiers(self, open_store: OpenStore, on_device: KvIndex) -> None:
+        link, holds = self._link, on_device.__contains__
+        store = open_store(page_format(link.ready), TierNews(self._hub, asyncio.get_running_loop()))
+        pulls = PagePulls(self._kv, lambda: self._grpc.address)
+        tiers = self._tiers = PageTiers(store, link, self._settings.config.store, self._tasks, holds, pulls)
+        reads = TierReads(store, arena_pages(link), 1, "kv-lend")
+        self._loans = PageLoans(self._kv, tiers.openings, reads, tiers.cutter, holds)
+        self._tier_desk.attach(store, tiers.figures, pulls.figures, self._loans.figures)
 
     async def _serve(self, roles: Sequence[RoleFactory]) -> None:
         context = RoleContext(
@@ -192,7 +205,8 @@ class WorkerNode:
             context, self._hub, handlers, NodeControl(self._set_roles, self.drain, self._tier_desk.handle), self._clock
         )
         self._set_roles(self._holding.roles)
-        await self._grpc.start(SessionService(self._hub, self._commands, self._snapshot), self._kv.receiver)
+        sessions = SessionService(self._hub, self._commands, self._snapshot)
+        await self._grpc.start(sessions, self._kv.receiver, self._loans)
 
     def _set_roles(self, roles: frozenset[RoleName]) -> None:
         self._holding.set_roles(roles)
