@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pdserve.cli import bench, chat, doctor, down, explain, status, top, up, verify, version
+from pdserve.cli import bench, chat, doctor, down, explain, kv, status, top, up, verify, version
 from pdserve.cli.options import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_READY, EXIT_USAGE
 from pdserve.cli.terminal import Terminal
 from pdserve.errors import ConfigInvalid, DeadlineExceeded, InvalidRequest, PdserveError, Unavailable
 
-_COMMANDS = (up, down, status, top, chat, verify, bench, explain, doctor, version)
+_COMMANDS = (up, down, status, top, chat, verify, bench, explain, kv, doctor, version)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

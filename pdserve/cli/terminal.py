@@ -46,6 +46,11 @@ class Terminal:
         shown = self.paint(symbol, colour) if self._unicode else _ASCII[mark]
         self._show(f"  {shown} {name:<12} {text}\n")
 
+    def ask(self, question: str) -> None:
+        """On stderr, whatever the form."""
+        self._err.write(self._plain(question))
+        self._err.flush()
+
     def result(self, value: Mapping[str, object]) -> None:
         """The one JSON object of a command; nothing in text form."""
         if self.form == "json":
