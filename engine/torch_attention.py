@@ -76,6 +76,8 @@ class TorchStepAttention:
         key, value = (self._pool.stored(x).to(x.dtype) for x in (key, value))  # as later rows will read them
         for group, mask in zip(self._groups, self._masks_of(window, query.dtype), strict=True):
             keys, values = self._pool.gather(layer, group.blocks, query.dtype)
+            places = torch.arange(keys.shape[1], device=keys.device)
+            clear_behind(keys, values, (places >= group.lengths.unsqueeze(1))[:, :, None, None])
             attended[group.rows] = attend_rows(query[group.rows], keys, values, mask).output
         for span in self._spans:
             part = slice(span.start, span.start + span.count)
@@ -96,6 +98,8 @@ class TorchStepAttention:
 
     def _attend_window(self, layer: int, query: torch.Tensor, span: Span, window: int) -> torch.Tensor:
         keys, values = self._pool.gather(layer, span.blocks, query.dtype)
+        places = torch.arange(len(keys), device=keys.device)
+        clear_behind(keys, values, (places >= span.past + span.count)[:, None, None])
         ends = torch.arange(span.past, span.past + span.count, device=query.device) + 1
         return attend_masked(query, keys, values, visible(ends, window, len(keys), query.dtype)).output
 
@@ -108,6 +112,13 @@ class TorchStepAttention:
             ]
             self._masks[window] = [mask[:, None, None, :] for mask in masks]
         return self._masks[window]
+
+
+def clear_behind(keys: torch.Tensor, values: torch.Tensor, behind: torch.Tensor) -> None:
+    """Zeroes what lies behind the last token of a sequence: left there by a former owner of the block, it may be NaN, and a weight
+    of 0 does not make that harmless."""
+    for each in (keys, values):
+        each.masked_fill_(behind, 0)
 
 
 def visible(ends: torch.Tensor, window: int, count: int, dtype: torch.dtype) -> torch.Tensor:
