@@ -65,6 +65,7 @@ class Dispatcher:
         decode = self._fleet.record(pick.decode_worker)
         assert decode is not None, "picked from a snapshot of this moment"
         work = work_of(group, attempt, decode.info.identity.digest)
+        self._name_source(work, pick)
         resumed = len(live.outputs[group.choices[0]].token_ids)
         notes = AttemptNotes(
             attempt, group.choices, pick.kind, pick.prefill_worker, pick.decode_worker, pick.transport, resumed
@@ -91,6 +92,15 @@ class Dispatcher:
         else:
             self._run(dispatch, now)
             self._fleet.send(pick.decode_worker, work_messages.generate(work))
+
+    def _name_source(self, work: worker_pb2.Work, pick: Pick) -> None:
+        """Where whoever computes may pull KV from. Where the prompt's logprobs are asked for, all of it is computed."""
+        if not work.block_hashes or work.sampling.HasField("prompt_logprobs"):
+            return
+        puller = pick.prefill_worker if pick.kind == "split" else pick.decode_worker
+        source = self._fleet.kv_source(puller, work.block_hashes)
+        if source is not None:
+            work.source.CopyFrom(source)
 
     def _run(self, dispatch: Dispatch, now: float) -> None:
         dispatch.stage = "running"

@@ -10,6 +10,7 @@ from typing import Protocol
 import grpc
 
 from controller import membership
+from controller.kv_sources import best_source
 from controller.membership import ConnectionLost, DeclareLost, Dial, Heard, Limits
 from controller.pending_commands import PendingCommands
 from controller.placement.snapshot import NO_REUSE, FleetSnapshot, Reuse
@@ -85,6 +86,17 @@ class Fleet:
         """What each worker holds of a prompt; those that hold nothing are left out."""
         found = ((record.worker_id, record.holdings.reuse(block_hashes)) for record in self._records.values())
         return {worker_id: reuse for worker_id, reuse in found if reuse != NO_REUSE}
+
+    def kv_source(self, puller: str, block_hashes: bytes) -> worker_pb2.KvSource | None:
+        """The worker that holds more of a prompt than `puller`, which is to compute it."""
+        record = self._records.get(puller)
+        if record is None:
+            return None
+        found = best_source(record.view(), self.snapshot().workers, self.reuse(block_hashes))
+        if found is None:
+            return None
+        address = self._records[found.worker_id].info.address
+        return worker_pb2.KvSource(worker_id=found.worker_id, address=address, tokens=found.tokens)
 
     def serves(self) -> bool:
         """True if any worker takes work."""
