@@ -85,6 +85,10 @@ class Tokenizer:
         except TypeError as error:  # lone surrogates
             raise InvalidRequest("The text is not valid Unicode: it holds lone surrogates.") from error
 
+    def offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int]]:
+        """Per token that `encode` gives, the characters [start, end) of `text` it stands for; empty where it was added."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).offsets)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; equal to the fold of `Detokenizer`, less the spaces that sentencepiece puts first."""
         self.check_ids(ids)

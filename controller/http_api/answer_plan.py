@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from controller.http_api.prompts import TokenizedPrompt
+from controller.request import Begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,12 @@ class Tally:
 
     prompt_tokens: int
     cached_tokens: int = 0
+    blended_tokens: int = 0
     completion_tokens: dict[int, int] = field(default_factory=dict)  # by choice
+
+    def begin(self, begun: Begun) -> None:
+        self.cached_tokens += begun.cached_tokens
+        self.blended_tokens += begun.blended_tokens
 
     def add(self, choice: int, tokens: int) -> None:
         self.completion_tokens[choice] = self.completion_tokens.get(choice, 0) + tokens
@@ -47,7 +53,7 @@ class Tally:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "blended_tokens": self.blended_tokens},
         }
 
 

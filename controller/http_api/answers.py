@@ -22,6 +22,7 @@ class ErrorAnswer(BaseModel):
 
 class PromptTokensDetails(BaseModel):
     cached_tokens: int
+    blended_tokens: int
 
 
 class Usage(BaseModel):

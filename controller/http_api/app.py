@@ -44,7 +44,7 @@ def create_app(
         model=model,
         metrics=metrics,
         prompts=prompts,
-        limits=Limits(model.max_context_tokens, model.tokenizer.vocab_size, config.max_choices),
+        limits=Limits(model.max_context_tokens, model.tokenizer.vocab_size, config.max_choices, config.kv_blend),
         keepalive_s=config.sse_keepalive_s,
         mint_seed=lambda: secrets.randbits(63),
         unix_now=time.time,

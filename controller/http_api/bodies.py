@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from controller.http_api.blend_body import KvBlendBody
 from controller.http_api.field_types import Content, LogitBias, Prompt, Stop, TokenIds
 
 MAX_MESSAGES = 4096
@@ -56,6 +57,7 @@ class SamplingBody(_Open):
     min_tokens: int | None = Field(None, ge=0, lt=INT32)
     priority: int | None = Field(None, ge=-INT32, lt=INT32, description="Lower is served earlier; default 0.")
     cache_salt: str | None = Field(None, min_length=1, max_length=1024, description="Shares KV only with equal salts.")
+    kv_blend: KvBlendBody | None = None
     add_special_tokens: bool | None = Field(None, description="Default: true for completions, false for chats.")
     return_token_ids: bool | None = Field(None, description="Adds token_ids and prompt_token_ids, as vLLM does.")
     return_tokens_as_token_ids: bool | None = Field(None, description='Tokens of logprobs as "token_id:N".')

@@ -74,7 +74,7 @@ class ChunkStream:
     def feed(self, prompt: int, news: Begun | Delta) -> bytes:
         """Zero or more whole events."""
         if isinstance(news, Begun):
-            self._tally.cached_tokens += news.cached_tokens
+            self._tally.begin(news)
             return self._echo(prompt, news) if self._plan.echo else b""
         choice = prompt * self._plan.n + news.choice
         if self._plan.hide_output:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from controller.http_api.answer_plan import AnswerPlan
 from controller.http_api.answers import ChatAnswer, CompletionAnswer
+from controller.http_api.blend_marks import chat_blend, check_blend, completion_blends
 from controller.http_api.bodies import ChatBody, CompletionBody, SamplingBody
 from controller.http_api.chunks import CHAT_SHAPE, COMPLETION_SHAPE, ChunkStream
 from controller.http_api.context import ApiContext
@@ -20,6 +21,7 @@ from controller.http_api.prompts import TokenizedPrompt
 from controller.http_api.sampling import Asked, asked_of_chat, asked_of_completion, check_counts, resolve
 from controller.http_api.served_model import check_model
 from controller.http_api.whole_answer import CHAT_ANSWER, COMPLETION_ANSWER, WholeAnswer
+from controller.kv_blend import KvBlend
 from controller.request import GenerationRequest
 
 PROMPT_TAIL_TOKENS = 4  # the longest character has four bytes
@@ -41,10 +43,12 @@ def inference_router(context: ApiContext) -> APIRouter:
         check_counts(body, len(body.prompt.prompts), context.limits)
         asked = asked_of_completion(body)
         special = body.add_special_tokens is not False
+        check_blend(context, body.kv_blend, asked, len(body.prompt.prompts))
         prompts = await context.prompts.completion(body.prompt, add_special_tokens=special)
+        blends = await completion_blends(context, body, prompts)
         if body.echo:
             prompts = [_with_text(context, prompt) for prompt in prompts]
-        return _complete(context, body, asked, _plan(context, request, "cmpl-", body, prompts))
+        return _complete(context, body, asked, _plan(context, request, "cmpl-", body, prompts), blends)
 
     @router.post(
         "/v1/chat/completions",
@@ -57,17 +61,21 @@ def inference_router(context: ApiContext) -> APIRouter:
         check_model(body.model, context.model)
         check_counts(body, 1, context.limits)
         asked = asked_of_chat(body)
+        check_blend(context, body.kv_blend, asked, 1)
         prompt = await context.prompts.chat(
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
             add_special_tokens=bool(body.add_special_tokens),
         )
-        return _chat(context, body, asked, _plan(context, request, "chatcmpl-", body, [prompt]))
+        blend = await chat_blend(context, body, prompt)
+        return _chat(context, body, asked, _plan(context, request, "chatcmpl-", body, [prompt]), blend)
 
     return router
 
 
-def _complete(context: ApiContext, body: CompletionBody, asked: Asked, plan: AnswerPlan) -> Response:
+def _complete(
+    context: ApiContext, body: CompletionBody, asked: Asked, plan: AnswerPlan, blends: Sequence[KvBlend | None]
+) -> Response:
     plan = replace(plan, echo=bool(body.echo), hide_output=body.max_tokens == 0, logprobs=body.logprobs is not None)
     logprobs = None
     if plan.logprobs:
@@ -75,18 +83,18 @@ def _complete(context: ApiContext, body: CompletionBody, asked: Asked, plan: Ans
             () if plan.echo else prompt.ids[-PROMPT_TAIL_TOKENS:] for prompt in plan.prompts for _ in range(plan.n)
         ]
         logprobs = LegacyLogprobs(TokenNames(context.model.tokenizer, plan.tokens_as_ids), tails)
-    delivery = _delivery(context, body, asked, plan)
+    delivery = _delivery(context, body, asked, plan, blends)
     if body.stream:
         return delivery.stream(ChunkStream(plan, COMPLETION_SHAPE, logprobs))
     return delivery.whole(WholeAnswer(plan, COMPLETION_ANSWER, logprobs))
 
 
-def _chat(context: ApiContext, body: ChatBody, asked: Asked, plan: AnswerPlan) -> Response:
+def _chat(context: ApiContext, body: ChatBody, asked: Asked, plan: AnswerPlan, blend: KvBlend | None) -> Response:
     plan = replace(plan, logprobs=bool(body.logprobs))
     logprobs = None
     if plan.logprobs:
         logprobs = ChatLogprobs(TokenNames(context.model.tokenizer, plan.tokens_as_ids), body.top_logprobs or 0)
-    delivery = _delivery(context, body, asked, plan)
+    delivery = _delivery(context, body, asked, plan, [blend])
     if body.stream:
         return delivery.stream(ChunkStream(plan, CHAT_SHAPE, logprobs))
     return delivery.whole(WholeAnswer(plan, CHAT_ANSWER, logprobs))
@@ -114,7 +122,9 @@ def _plan(
     )
 
 
-def _delivery(context: ApiContext, body: SamplingBody, asked: Asked, plan: AnswerPlan) -> Delivery:
+def _delivery(
+    context: ApiContext, body: SamplingBody, asked: Asked, plan: AnswerPlan, blends: Sequence[KvBlend | None]
+) -> Delivery:
     run_id = plan.answer_id.partition("-")[2]
     requests = [
         GenerationRequest(
@@ -126,7 +136,8 @@ def _delivery(context: ApiContext, body: SamplingBody, asked: Asked, plan: Answe
             include_stop_text=bool(body.include_stop_str_in_output),
             cache_salt=body.cache_salt or "",
             priority=body.priority or 0,
+            kv_blend=blend,
         )
-        for place, prompt in enumerate(plan.prompts)
+        for place, (prompt, blend) in enumerate(zip(plan.prompts, blends, strict=True))
     ]
     return Delivery(context.generator, requests, context.keepalive_s)

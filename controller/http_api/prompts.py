@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from controller.http_api.bodies import ChatMessage
 from controller.http_api.field_types import PromptInput
@@ -64,6 +65,16 @@ class PromptTokenizer:
         if not prompt.token_ids:
             raise InvalidRequest("messages: the chat has no tokens. Send at least one character.", param="messages")
         return prompt
+
+    async def plain(self, text: str) -> bytes:
+        """Token ids of a piece of text, int32 little-endian, without special tokens around it."""
+        return (await self._one(text, add_special_tokens=False)).token_ids
+
+    async def offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int]]:
+        """Per token of `text`, the characters that it stands for: [start, end)."""
+        loop = asyncio.get_running_loop()
+        offsets = partial(self._model.tokenizer.offsets, text, add_special_tokens=add_special_tokens)
+        return await loop.run_in_executor(self._pool, offsets)
 
     async def _one(self, prompt: str | list[int], *, add_special_tokens: bool) -> TokenizedPrompt:
         if isinstance(prompt, list):

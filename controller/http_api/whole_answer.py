@@ -52,7 +52,7 @@ class WholeAnswer:
 
     def feed(self, prompt: int, news: Begun | Delta) -> None:
         if isinstance(news, Begun):
-            self._tally.cached_tokens += news.cached_tokens
+            self._tally.begin(news)
             self._prompt_logprobs[prompt] = news.prompt_logprobs
             return
         index = prompt * self._plan.n + news.choice

@@ -42,10 +42,12 @@ def explain(options: argparse.Namespace, terminal: Terminal) -> int:
 
 def _summary(timeline: Record, terminal: Terminal) -> None:
     summary = timeline.record("summary")
+    count = timeline.integer("blended_tokens")
+    blended = f", {count} blended from chunks" if count else ""
     ttft = f", first token after {seconds(summary.number('ttft_s'))}" if summary.has("ttft_s") else ""
     terminal.say(
         f"{timeline.text('request_id')}: {summary.text('state')}, {summary.integer('prompt_tokens')} prompt tokens "
-        f"({timeline.integer('cached_tokens')} cached), {summary.integer('output_tokens')} output tokens, "
+        f"({timeline.integer('cached_tokens')} cached{blended}), {summary.integer('output_tokens')} output tokens, "
         f"{summary.integer('choices')} choices{ttft}, {seconds(summary.number('total_s'))} in all"
     )
     if summary.text("error"):

@@ -49,10 +49,17 @@ def tiny_model(folder: Path) -> ModelInfo:
 
 
 @contextmanager
-def serve(folder: Path, api_keys: ApiKeys = ApiKeys()) -> Iterator[ApiServer]:  # noqa: B008 (frozen)
+def serve(
+    folder: Path,
+    api_keys: ApiKeys = ApiKeys(),  # noqa: B008 (frozen)
+    *,
+    kv_blend: bool = True,
+) -> Iterator[ApiServer]:
     model = tiny_model(folder)
     generator, operations = GeneratorTwin(model.tokenizer), OperationsTwin()
-    config = ControllerConfig(max_body_bytes=MAX_BODY_BYTES, sse_keepalive_s=KEEPALIVE_S, max_choices=4)
+    config = ControllerConfig(
+        max_body_bytes=MAX_BODY_BYTES, sse_keepalive_s=KEEPALIVE_S, max_choices=4, kv_blend=kv_blend
+    )
     app = create_app(generator, operations, model, config, Metrics("tiny"), api_keys)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -111,7 +111,8 @@ def test_several_prompts_become_several_requests_with_one_index_space(api: ApiSe
     assert [request.request_id for request in api.generator.requests] == ["both-0", "both-1"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert answer["usage"] == {
-        "prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6, "prompt_tokens_details": {"cached_tokens": 6},
+        "prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 6, "blended_tokens": 0},
     }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def test_a_chat_stream_byte_by_byte(client: httpx.Client) -> None:
         + _frame(
             head,
             '"choices":[],"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":10,'
-            '"prompt_tokens_details":{"cached_tokens":3}}',
+            '"prompt_tokens_details":{"cached_tokens":3,"blended_tokens":0}}',
         )
         + "data: [DONE]\n\n"
     )

@@ -69,7 +69,8 @@ class GeneratorTwin:
             await asyncio.sleep(script.begin_after_s)
             if script.fail_first is not None:
                 raise script.fail_first
-            yield Begun(script.cached_tokens, self._prompt_logprobs(request))
+            blended = sum(chunk.end - chunk.start for chunk in request.kv_blend.chunks) if request.kv_blend else 0
+            yield Begun(script.cached_tokens, self._prompt_logprobs(request), blended)
             voices = [_Voice(self.tokenizer, request, choice, script.output) for choice in range(request.n)]
             for step in range(request.sampling.max_tokens):
                 if script.fail_after is not None and step >= script.fail_after[0]:
