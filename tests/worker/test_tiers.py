@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import redis
 
 from kv_transfer.keys import HASH_BYTES, chain_hashes
 from pdserve.v1 import worker_pb2
+from tests.kv_store.redis_server import running_redis
 from tests.worker import commands
 from tests.worker.conftest import StartWorker
 from tests.worker.controller_twin import ControllerTwin, SessionTwin
@@ -146,3 +148,30 @@ def damage_segments(state: Path) -> None:
         data = bytearray(path.read_bytes())
         data[4096 + 2000 :: 8192] = bytes(byte ^ 4 for byte in data[4096 + 2000 :: 8192])
         path.write_bytes(data)
+
+
+async def test_workers_share_pages_through_redis_and_serve_on_when_it_stands_still_or_dies(
+    controller: ControllerTwin, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    with running_redis(tmp_path) as server:
+        sets = (*SETS, f"store.redis_url={server.url}")
+        await start_worker("d0", "decode", *sets, engine_module=NATIVE)
+        await start_worker("d1", "decode", *sets, engine_module=NATIVE)
+        first, second = await controller.session("d0"), await controller.session("d1")
+        root = first.snapshots[0].worker.identity.digest
+        for key, number in ((1, 0), (2, 1), (3, 2)):
+            first.send(commands.generate(work(key, root, number)))
+            await first.until_finished(key)
+        asker = redis.Redis.from_url(server.url)
+        await first.until(lambda: len(asker.keys("*")) >= 3 * FULL_PAGES)
+        second.send(commands.generate(work(1, root, 0)))
+        await second.until_finished(1)
+        assert second.of("started")[-1].started.cached_tokens == 16 * FULL_PAGES
+        server.freeze()
+        second.send(commands.generate(work(2, root, 1)))
+        await second.until_finished(2)
+        server.thaw()
+        server.kill()
+        second.send(commands.generate(work(3, root, 2)))
+        await second.until_finished(3)
+        assert [second.tokens(key) for key in (1, 2, 3)] == [first.tokens(key) for key in (1, 2, 3)]
