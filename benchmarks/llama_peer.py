@@ -18,5 +18,10 @@ def llama_program(python: Path, model_dir: Path, dtype: Dtype, cores: tuple[int,
         "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
         "OMP_NUM_THREADS": str(len(cores)),
     }
-    load: dict[str, Setting] = {"model_path": str(gguf), "dtype": dtype, "threads": len(cores), "max_tokens": max_tokens}
+    load: dict[str, Setting] = {
+        "model_path": str(gguf),
+        "dtype": dtype,
+        "threads": len(cores),
+        "max_tokens": max_tokens,
+    }
     return PeerProgram("llama.cpp (llama-cpp-python)", python, "benchmarks.llama_child", environment, cores, load)

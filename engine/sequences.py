@@ -62,7 +62,7 @@ class Sequence:
     computed: int = 0
     announced: int = 0  # blocks offered through KvReady
     prompt_rows: list[LogprobRow] = field(default_factory=list)
-    blends: bool = False  # its KV, up to the last token, is being made of chunks: nothing of it is computed in steps meanwhile
+    blends: bool = False  # its KV is being made of chunks, up to the last token; steps leave it alone meanwhile
 
     @property
     def missing(self) -> int:
