@@ -85,16 +85,11 @@ class PageLoans(kv_pull_pb2_grpc.KvPullServiceServicer):
         request: kv_pull_pb2.PullRequest,
         context: grpc.aio.ServicerContext[kv_pull_pb2.PullRequest, kv_pull_pb2.PullResponse],
     ) -> kv_pull_pb2.PullResponse:
-        try:
-            # Not cancelled with the call: a read in a thread and a hand-off end in their own time, and then the pins go.
-            task = asyncio.create_task(self._lend(request, self._checked(request)), name="kv-loan")
-            self._running.add(task)
-            task.add_done_callback(self._ended)
-            return kv_pull_pb2.PullResponse(pages=await asyncio.shield(task))
-        except PdserveError as error:
-            self.figures.failed[error.reason] += 1
-            log.info("loan_failed", peer=request.worker_id, reason=error.reason, message=error.message)
-            raise
+        # Not cancelled with the call: a read in a thread and a hand-off end in their own time, and then the pins go.
+        task = asyncio.create_task(self._lend(request), name="kv-loan")
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return kv_pull_pb2.PullResponse(pages=await asyncio.shield(task))
 
     async def close(self) -> None:
         for task in self._running:
@@ -105,9 +100,14 @@ class PageLoans(kv_pull_pb2_grpc.KvPullServiceServicer):
     # ---- parts
 
     def _ended(self, task: asyncio.Task[int]) -> None:
+        """Here, because whoever asked may be gone."""
         self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # retrieved: whoever asked may be gone
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, PdserveError):
+            self.figures.failed[error.reason] += 1
+            log.info("loan_failed", reason=error.reason, message=error.message)
+        elif error is not None:
+            log.exception("loan_failed", error)
 
     def _checked(self, request: kv_pull_pb2.PullRequest) -> _Ask:
         """Raises LayoutMismatch where the two sides cannot exchange KV, InvalidRequest where the request is none."""
@@ -128,8 +128,9 @@ class PageLoans(kv_pull_pb2_grpc.KvPullServiceServicer):
         deadline_s = time.monotonic() + min(request.deadline_ms / 1000, MAX_DEADLINE_S)
         return _Ask(request.worker_id, request.address, stretch, request.first_page, deadline_s)
 
-    async def _lend(self, request: kv_pull_pb2.PullRequest, ask: _Ask) -> int:
+    async def _lend(self, request: kv_pull_pb2.PullRequest) -> int:
         """Pages that were handed over, or could be."""
+        ask = self._checked(request)
         if self._loans[ask.peer] >= LOANS_PER_PEER:
             raise NoCapacity(f"{LOANS_PER_PEER} pulls of worker {ask.peer} run here already.")
         self._loans[ask.peer] += 1
