@@ -78,7 +78,8 @@ class BlendJobs:
         if work.blend is None:
             return 0
         recipe, counts = _recipe(work.blend), [span.count for span in work.chunks]
-        if computed_share(recipe, self._model.spec.layers, len(sequence.tokens), counts) > MOST_COMPUTED:
+        # Of the prompt alone, so that a request that comes again with output behind its prompt is computed as before.
+        if computed_share(recipe, self._model.spec.layers, work.prompt_tokens, counts) > MOST_COMPUTED:
             return 0
         chunks = self._open(work.chunks, sequence, spare)
         if chunks is None:

@@ -134,6 +134,7 @@ class Schedule:
         self.running.remove(victim)
         self.close(victim)
         victim.computed = 0
+        victim.blends = victim.state.work.blend is not None  # as before, or it would go on with other tokens
         victim.prompt_rows.clear()
         self.preemptions += 1
         plan.preempted.append(victim)

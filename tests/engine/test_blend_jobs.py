@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -49,9 +50,11 @@ def prompt_of(order: tuple[int, ...]) -> tuple[list[int], list[int]]:
     return tokens + QUESTION, starts
 
 
-def blended(key: int, order: tuple[int, ...] = (0, 1, 2), ratio: float = RATIO, max_tokens: int = 6) -> Work:
+def blended(
+    key: int, order: tuple[int, ...] = (0, 1, 2), ratio: float = RATIO, max_tokens: int = 6, temperature: float = 0.0
+) -> Work:
     tokens, starts = prompt_of(order)
-    exact = exact_work(key, tokens, sampling(max_tokens))
+    exact = exact_work(key, tokens, sampling(max_tokens, temperature=temperature))
     spans = []
     for start, number in zip(starts, order, strict=True):
         content = np.array(CHUNKS[number], dtype=np.int32).tobytes()
@@ -126,6 +129,38 @@ def test_what_would_be_computed_almost_whole_is_computed_whole(native: tuple[Nat
     finish(engine, Submit(exact_work(2, prompt_of((0, 1, 2))[0], sampling(6)), "generate"))
     assert recorder.of(Started)[0].blended_tokens == 0
     assert recorder.tokens(1) == recorder.tokens(2)
+
+
+@pytest.mark.parametrize("drawn", [1, 2, 60])
+def test_a_request_taken_up_again_goes_on_with_the_same_tokens(
+    native: tuple[NativeEngine, Recorder], drawn: int
+) -> None:
+    engine, recorder = native
+    whole = blended(1, max_tokens=90)
+    finish(engine, Submit(whole, "generate"))
+    outputs = recorder.tokens(1)[0]
+    behind = whole.token_ids + np.array(outputs[:drawn], dtype=np.int32).tobytes()
+    again = msgspec.structs.replace(whole, dispatch=Dispatch(2, 1), token_ids=behind)
+    finish(engine, Submit(again, "generate"))
+    assert recorder.of(Started)[1].blended_tokens == sum(map(len, CHUNKS))
+    assert recorder.tokens(2)[0] == outputs[drawn:]
+
+
+def test_a_preempted_request_goes_on_with_the_same_tokens(model_dir: Path) -> None:
+    quiet, alone = open_native(model_dir)
+    for key in (1, 2):
+        finish(quiet, Submit(blended(key, max_tokens=220, temperature=1.0), "generate"))
+    quiet.close()
+    busy, recorder = open_native(model_dir, kv_bytes=400_000)
+    busy.handle(Submit(blended(1, max_tokens=220, temperature=1.0), "generate"))
+    while not recorder.tokens(1):
+        busy.step()
+    finish(busy, Submit(blended(2, max_tokens=220, temperature=1.0), "generate"))
+    assert busy.load().preemptions > 0
+    assert [started.blended_tokens for started in recorder.of(Started)] == [sum(map(len, CHUNKS))] * 2
+    assert [recorder.tokens(key) for key in (1, 2)] == [alone.tokens(key) for key in (1, 2)]
+    assert_all_free(busy)
+    busy.close()
 
 
 def test_without_room_for_the_chunks_the_prompt_is_computed_whole(model_dir: Path) -> None:
