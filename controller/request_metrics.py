@@ -6,6 +6,7 @@ from typing import Literal
 
 from controller.live_request import LiveRequest
 from controller.operations import StageName
+from controller.tier_growth import TierGrowth
 from controller.worker_record import WorkerRecord
 from pdserve.errors import LeaseExpired, PdserveError, TransferFailed
 from pdserve.v1 import worker_pb2
@@ -18,6 +19,7 @@ MICROSECONDS = 1e-6
 class RequestObserver:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._tiers = TierGrowth(metrics.tiers)
         self._prefix_seen: dict[tuple[str, int], tuple[int, int]] = {}
 
     def accepted(self, live: LiveRequest) -> None:
@@ -93,6 +95,7 @@ class RequestObserver:
         )
         self._metrics.fleet.load(load)
         self._prefix_lookups(here)
+        self._tiers.look(here)
         if ready:
             self._metrics.fleet.cache_config(ready[0].block_tokens, load.blocks_total)
 

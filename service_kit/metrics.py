@@ -33,6 +33,17 @@ VerifyFailure = Literal["checksum", "length", "identity", "stale"]
 TransferFailure = Literal["connection", "checksum", "refused", "timeout", "other"]
 TransportLabel = Literal["ucx", "tcp", "inproc", "other"]
 SloKind = Literal["ttft", "itl", "e2e"]
+TierLevel = Literal["used_bytes", "capacity_bytes", "pages"]
+TierCount = Literal[
+    "hit_tokens", "miss_tokens", "bytes_in", "bytes_out", "read_seconds", "read_pages", "write_seconds", "stored_pages",
+    "evicted_pages", "evicted_age_seconds", "expired_pages", "dropped_pages", "failures", "loaded_tokens",
+]  # fmt: skip
+LoadCount = Literal[
+    "queried_tokens", "seconds", "late", "no_room", "not_worth_it", "offers_skipped", "dropped_on_the_way_down"
+]
+
+_TIERS = ("host", "disk", "redis", "peer")
+_TIER_VERIFY_KINDS = ("checksum", "header", "length", "identity", "fingerprint")
 
 Family: TypeAlias = Counter | Gauge | Histogram
 F = TypeVar("F", Counter, Gauge, Histogram)
@@ -255,6 +266,68 @@ class FleetMetrics:
         self._hits.inc(hit_tokens)
 
 
+class TierMetrics:
+    """KV tiers below the device, sums over all workers. Redis is shared: its occupancy is that of one look."""
+
+    def __init__(self, make: _Families) -> None:
+        self._gauges = {
+            name: make.gauge(f"kv_tier_{name}", text, ["tier"])
+            for name, text in (
+                ("used_bytes", "Bytes in use."),
+                ("capacity_bytes", "Bytes there is room for; 0 = without bound of ours."),
+                ("pages", "Pages, where they are counted."),
+            )
+        }
+        self._counters = {
+            name: make.counter(f"kv_tier_{name}", text, ["tier"])
+            for name, text in (
+                ("hit_tokens", "Tokens read."),
+                ("miss_tokens", "Tokens that were expected and not readable."),
+                ("bytes_in", "Payload bytes stored."),
+                ("bytes_out", "Payload bytes read."),
+                ("read_seconds", "Time of reads; per page with kv_tier_read_pages."),
+                ("read_pages", "Pages read."),
+                ("write_seconds", "Time of writes; per page with kv_tier_stored_pages."),
+                ("stored_pages", "Pages stored."),
+                ("evicted_pages", "Pages evicted for others."),
+                ("evicted_age_seconds", "Summed age of evicted pages."),
+                ("expired_pages", "Pages that outlived store.ttl_s."),
+                ("dropped_pages", "Pages not stored: back-pressure, quota, no room, or the medium failed."),
+                ("failures", "Calls that the medium failed."),
+                ("loaded_tokens", "Prompt tokens loaded from this tier."),
+            )
+        }
+        self._verify = make.counter("kv_tier_verify_failures", "Pages that were not what was stored.", ["tier", "kind"])
+        self._loads = {
+            name: make.counter(f"kv_load_{name}", text)
+            for name, text in (
+                ("queried_tokens", "Prompt tokens not on the device, looked for in the tiers."),
+                ("seconds", "Time that prompts waited for pages."),
+                ("late", "Loads that their deadline ended."),
+                ("no_room", "Loads without room on the device."),
+                ("not_worth_it", "Loads that computing was expected to beat."),
+                ("offers_skipped", "Pages never offered to the tiers: too many waited."),
+                ("dropped_on_the_way_down", "Pages that left the host tier before they were stored below it."),
+            )
+        }  # fmt: skip
+
+    def level(self, name: TierLevel, tier: str, value: float) -> None:
+        self._gauges[name].labels(tier_label(tier)).set(value)
+
+    def grown(self, name: TierCount, tier: str, growth: float) -> None:
+        self._counters[name].labels(tier_label(tier)).inc(growth)
+
+    def verify_failed(self, tier: str, kind: str, growth: float) -> None:
+        self._verify.labels(tier_label(tier), kind if kind in _TIER_VERIFY_KINDS else "other").inc(growth)
+
+    def loads_grown(self, name: LoadCount, growth: float) -> None:
+        self._loads[name].inc(growth)
+
+
+def tier_label(name: str) -> str:
+    return name if name in _TIERS else "other"
+
+
 class Metrics:
     """All families of one process. Made once, in `__main__`, and handed down."""
 
@@ -265,6 +338,7 @@ class Metrics:
         self.transfer = TransferMetrics(make)
         self.routing = RoutingMetrics(make)
         self.fleet = FleetMetrics(make)
+        self.tiers = TierMetrics(make)
         self._lag = make.histogram("event_loop_lag_seconds", "How late the event loop runs.", LAG_BUCKETS)
         self.registry.register(_AliasCollector(make.aliases, model_name))
 

@@ -57,6 +57,9 @@ class Operator:
         holding = self.holding()
         return all(holding[tier] == holding["keyed"] > 0 for tier in TIERS)
 
+    def metrics(self) -> str:
+        return httpx.get(f"{self.cluster.api_url}/metrics", timeout=30).text
+
     def on_disk(self) -> dict[str, str]:
         """Keys with those of their parents."""
         pages = self.told("ls", "--tier", "disk")["pages"]
@@ -142,6 +145,7 @@ def test_verify_finds_a_page_that_was_damaged_on_disk_and_ends_with_4(operator: 
     assert answer.returncode == 4, answer.stdout + answer.stderr
     assert key in answer.stdout
     assert "1 bad" in answer.stdout
+    wait_until(lambda: 'pdserve_kv_tier_verify_failures_total{kind="' in operator.metrics(), "a counter tells of it")
     assert operator.kv("verify", "--tier", "disk").returncode == 0
     assert key not in operator.on_disk()
 
