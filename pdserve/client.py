@@ -25,6 +25,7 @@ from pdserve.generation import (
     Choice,
     Delta,
     Generation,
+    KvBlend,
     Prompt,
     RequestOptions,
     Route,
@@ -38,7 +39,7 @@ from pdserve.streams import CANCEL_DEADLINE_S, AsyncAttempt, AsyncGenerationStre
 from pdserve.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = [
-    "AsyncClient", "AsyncGenerationStream", "Choice", "Client", "Delta", "Generation", "GenerationStream", "LocalPool",
+    "AsyncClient", "AsyncGenerationStream", "Choice", "Client", "Delta", "Generation", "GenerationStream", "KvBlend", "LocalPool",
     "RequestOptions", "Route", "Sampling", "Tls", "TokenLogprobs", "Usage",
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import grpc
 
@@ -15,6 +16,7 @@ from pdserve.generation import (
     Delta,
     FinishReason,
     Generation,
+    KvBlend,
     Prompt,
     RequestOptions,
     Sampling,
@@ -32,6 +34,10 @@ _FINISH: dict[types_pb2.FinishReason.ValueType, FinishReason | None] = {
     types_pb2.FINISH_REASON_STOP: "stop",
     types_pb2.FINISH_REASON_LENGTH: "length",
     types_pb2.FINISH_REASON_CANCELLED: "cancelled",
+}
+_METHODS: dict[Literal["blend", "epic"], inference_pb2.KvBlend.Method.ValueType] = {
+    "blend": inference_pb2.KvBlend.METHOD_BLEND,
+    "epic": inference_pb2.KvBlend.METHOD_EPIC,
 }
 
 
@@ -99,7 +105,7 @@ class GenerateCall:
             self._prompt_logprobs = _rows(response.prompt_logprobs)
         if response.HasField("usage"):
             usage = response.usage
-            self._usage = Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+            self._usage = Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.blended_tokens)
         deltas = (self._choice(message) for message in response.choices)
         return [delta for delta in deltas if delta is not None]
 
@@ -182,7 +188,26 @@ def new_call(
                 prefill_worker=route.prefill_worker, decode_worker=route.decode_worker, transport=route.transport
             )
         )
+    if options.kv_blend is not None:
+        request.kv_blend.CopyFrom(_blend(options.kv_blend))
     return request
+
+
+def _blend(blend: KvBlend) -> inference_pb2.KvBlend:
+    try:
+        message = inference_pb2.KvBlend(
+            method=_METHODS[blend.method],
+            ratio=blend.ratio,
+            first_tokens=blend.first_tokens,
+            chunks=[inference_pb2.TokenSpan(start=start, end=end) for start, end in blend.chunks],
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise InvalidRequest(f"kv_blend: {error}", param="kv_blend") from error
+    if isinstance(blend.separator, str) and blend.separator:
+        message.separator_text = blend.separator
+    elif blend.separator:
+        message.separator_ids = _packed(blend.separator)
+    return message
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

@@ -41,6 +41,21 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class KvBlend:
+    """KV of the prompt's chunks is taken from where they stood before, and partly computed anew: approximate (docs/blend.md).
+
+    Say where the chunks are: offsets [start, end) into the prompt's tokens, or what stands between them. Refused with InvalidRequest
+    where the cluster does not allow it.
+    """
+
+    chunks: Sequence[tuple[int, int]] = ()  # in order, disjoint; not the last two tokens
+    separator: str | Sequence[int] = ""
+    method: Literal["blend", "epic"] = "blend"
+    ratio: float | None = None  # blend: share of the chunks' tokens computed anew; None = 0.15
+    first_tokens: int | None = None  # epic: tokens of each chunk computed anew; None = 32
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOptions:
     """What few requests need."""
 
@@ -50,6 +65,7 @@ class RequestOptions:
     priority: int = 0
     token_ids_only: bool = False  # no text
     route: Route | None = None
+    kv_blend: KvBlend | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +94,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    blended_tokens: int = 0  # of chunks whose KV was blended
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from pdserve import errors
-from pdserve.client import AsyncClient, Client, Delta, Generation, RequestOptions, Route, Sampling
+from pdserve.client import AsyncClient, Client, Delta, Generation, KvBlend, RequestOptions, Route, Sampling
+from pdserve.v1 import inference_pb2
 from tests.sdk.scripted_server import Script, ScriptedServer, ServerMaker, expected
 
 DEADLINE_S = 20.0
@@ -201,6 +202,32 @@ def test_everything_that_was_asked_for_is_in_the_message(serve: ServerMaker) -> 
 def test_what_no_message_can_hold_is_an_invalid_request(prompt: list[int], sampling: Sampling, n: int) -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidRequest):
         client.generate(prompt, sampling, n=n)
+
+
+def test_a_blend_is_in_the_message_with_what_was_left_out_absent(serve: ServerMaker) -> None:
+    server = serve()
+    asked = [
+        KvBlend(chunks=[(0, 20), (20, 40)], ratio=0.0),
+        KvBlend(separator="###", method="epic", first_tokens=0),
+        KvBlend(separator=[7, 8]),
+    ]
+    with Client(server.address) as client:
+        for blend in asked:
+            options = RequestOptions(kv_blend=blend)
+            client.generate([1] * 50, Sampling(max_tokens=1), options=options).result()
+    by_offset, by_text, by_ids = (request.kv_blend for request in server.requests)
+    assert [(span.start, span.end) for span in by_offset.chunks] == [(0, 20), (20, 40)]
+    assert (by_offset.HasField("ratio"), by_offset.ratio, by_offset.WhichOneof("separator")) == (True, 0.0, None)
+    assert (by_text.separator_text, by_text.method) == ("###", inference_pb2.KvBlend.METHOD_EPIC)
+    assert (by_text.HasField("first_tokens"), by_text.HasField("ratio")) == (True, False)
+    assert by_ids.separator_ids == b"\x07\0\0\0\x08\0\0\0"
+
+
+@pytest.mark.parametrize("chunks", [[(-1, 5)], [(0, 2**40)], [(0.5, 20)]])
+def test_offsets_that_no_message_can_hold_are_an_invalid_request(chunks: list[tuple[int, int]]) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidRequest) as caught:
+        client.generate([1] * 50, options=RequestOptions(kv_blend=KvBlend(chunks)))
+    assert caught.value.param == "kv_blend"
 
 
 def test_a_gap_in_the_tokens_is_an_error_not_a_shorter_answer(serve: ServerMaker) -> None:
