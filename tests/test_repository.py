@@ -6,6 +6,8 @@ import configparser
 import re
 from pathlib import Path
 
+from service_kit.metrics import Metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -16,6 +18,16 @@ def test_the_picture_of_the_architecture_is_the_import_contract() -> None:
     block = re.search(r"```\n(simulator.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
     assert block is not None
     assert block[1].strip().split("\n") == [line.strip() for line in layers if line.strip()]
+
+
+def test_every_metric_of_the_tiers_is_explained_to_operators() -> None:
+    told = (ROOT / "docs/kv.md").read_text()
+    families = [family.name for family in Metrics("tiny").registry.collect()]
+    names = [
+        name.removeprefix("pdserve_") for name in families if name.startswith(("pdserve_kv_tier", "pdserve_kv_load"))
+    ]
+    assert len(names) >= 20
+    assert [name for name in names if name not in told] == []
 
 
 def test_torch_is_pinned_once() -> None:
