@@ -70,7 +70,7 @@ class KvDesk:
             for each in answered
             for page in each.answer.pages
         ]
-        return KvPages(tuple(found), silent)
+        return KvPages(tuple(found), silent + _failures(answered))
 
     async def explain(self, prompt: Prompt) -> KvExplanation:
         keys = self._prompt_keys(prompt)
@@ -210,11 +210,24 @@ class KvDesk:
         answer = await self._ask_one(_Order(record.worker_id, (SHARED_TIER,)), command)
         if isinstance(answer, PdserveError):
             return frozenset(), (Silence(record.worker_id, answer.reason, answer.message),)
+        silent = _failures([answer])
         pages = {page.key for page in answer.answer.pages}
         per_page = max(1, record.info.capabilities.block_tokens // HASH_UNIT_TOKENS)
         units = [keys[at : at + HASH_BYTES] for at in range(0, len(keys), HASH_BYTES)]
         covered = [units[at + 1 - per_page : at + 1] for at, unit in enumerate(units) if unit in pages]
-        return frozenset(unit for some in covered for unit in some), ()
+        return frozenset(unit for some in covered for unit in some), silent
+
+
+def _failures(answered: Sequence[_Answered]) -> tuple[Silence, ...]:
+    """Tiers that could not be looked at."""
+    return tuple(
+        [
+            Silence(each.worker_id, "tier_failed", f"{outcome.tier}: {outcome.failure}")
+            for each in answered
+            for outcome in each.answer.outcomes
+            if outcome.failure
+        ]
+    )
 
 
 def _has_shared(record: WorkerRecord) -> bool:

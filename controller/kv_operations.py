@@ -103,7 +103,7 @@ class KvStat:
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """A worker that did not answer."""
+    """A worker that did not answer, or whose tier could not be looked at (reason "tier_failed")."""
 
     worker: str
     reason: str

@@ -55,12 +55,13 @@ def open_tiers(tiers: Sequence[PageTier]) -> list[OpenTier]:
     return found
 
 
-def carry_out(command: Command, tiers: Sequence[OpenTier], bounds: Bounds) -> worker_pb2.KvAnswer:
-    """Raises InvalidRequest. What a tier's medium refuses is told in its outcome."""
+def carry_out(command: Command, tiers: Sequence[OpenTier], bounds: Bounds, arrived_s: float) -> worker_pb2.KvAnswer:
+    """Its deadline counts from when it arrived: whoever asked waits since then. What a tier's medium refuses
+    is told in its outcome. Raises InvalidRequest."""
     keys = _keys(command)
     chosen = [each for each in tiers if not command.tiers or each.view.name in command.tiers]
     answer = worker_pb2.KvAnswer()
-    ends_s = bounds.clock() + min((command.deadline_ms / 1000) or DEADLINE_S, DEADLINE_MOST_S)
+    ends_s = arrived_s + min((command.deadline_ms / 1000) or DEADLINE_S, DEADLINE_MOST_S)
     work = _Work(command, keys, lambda: bounds.stopped() or bounds.clock() >= ends_s, bounds.page_bytes)
     for each in chosen:
         outcome = worker_pb2.TierOutcome(tier=each.view.name)

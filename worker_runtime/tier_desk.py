@@ -121,8 +121,8 @@ class TierDesk:
             # Before the tiers: what is evicted there afterwards is not loaded from the device's copy again.
             self._engine.send(ClearPrefixCache())
             outcomes.append(worker_pb2.TierOutcome(tier=DEVICE_TIER))
-        loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self._commands, carry_out, command, self._tiers, self._bounds)
+        loop, arrived_s = asyncio.get_running_loop(), self._clock()
+        answer = await loop.run_in_executor(self._commands, carry_out, command, self._tiers, self._bounds, arrived_s)
         for place, outcome in enumerate(outcomes):
             answer.outcomes.insert(place, outcome)
         return answer

@@ -91,10 +91,10 @@ def prompt_fields(options: argparse.Namespace) -> dict[str, object]:
 
 
 def warn_of_silence(answer: Record, terminal: Terminal) -> int:
-    """Exit status 1 where a worker did not answer."""
+    """Exit status 1 where a worker did not answer, or could not look at a tier."""
     silent = answer.records("silent")
     for each in silent:
-        terminal.line("warn", each.text("worker"), f"did not answer: {each.text('message')}")
+        terminal.line("warn", each.text("worker"), f"no answer: {each.text('message')}")
     return EXIT_FAILED if silent else EXIT_OK
 
 

@@ -156,7 +156,7 @@ def test_ls_shows_whole_keys_and_says_who_was_silent(twin: ApiTwin, kv: Kv, caps
     out = capsys.readouterr().out
     assert f"{KEY}  p0" in out
     assert "60.0 s" in out
-    assert "did not answer" in out
+    assert "no answer: The worker did not answer within 10 s." in out
 
 
 def test_stat_shows_every_tier_with_its_means(twin: ApiTwin, kv: Kv, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,19 @@ async def test_a_worker_that_refuses_is_told_beside_the_answers_of_the_others() 
             await twin.desk.kv.verify(Selection(worker_id="p0"), VerifyBounds())
 
 
+async def test_a_tier_that_cannot_be_looked_at_is_told() -> None:
+    async with pair("host", "redis") as (twin, _, _):
+        failed = worker_pb2.TierOutcome(tier="redis", failure="Redis failed.")
+        for worker in twin.workers.values():
+            answers(worker, lambda command: [failed] if "redis" in command.tiers else [])
+        pages = await twin.desk.kv.pages(Selection(), 1)
+        explained = await twin.desk.kv.explain(Prompt(PROMPT))
+        for silent in (pages.silent, explained.silent):
+            assert [(each.worker, each.reason, each.message) for each in silent] == [
+                ("d0", "tier_failed", "redis: Redis failed.")
+            ]
+
+
 async def test_a_worker_that_is_lost_ends_the_wait_for_its_answer() -> None:
     async with pair("host") as (twin, _, _):
 
