@@ -18,6 +18,7 @@ from pdserve.cli.access import Access, get, post, reaching_grpc
 from pdserve.cli.options import EXIT_CHECK_FAILED, EXIT_OK, Commands, access, command, reaching
 from pdserve.cli.record import Record
 from pdserve.cli.terminal import Terminal, seconds, size
+from pdserve.cli.verify_blend import add_blend_options, verify_blend
 from pdserve.cli.verify_cases import TEXTS, Case, cases
 from pdserve.cli.verify_compare import compare
 from pdserve.client import AsyncClient, Generation, RequestOptions, Route, Tls
@@ -75,9 +76,12 @@ def add(commands: Commands) -> None:
         "--transport", choices=TRANSPORTS, default="", help="this one only (default: all that workers offer)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the random prompts")
+    add_blend_options(parser)
 
 
 def verify(options: argparse.Namespace, terminal: Terminal) -> int:
+    if options.blend:
+        return verify_blend(options, terminal)
     began_s = time.monotonic()
     reached = reaching_grpc(access(options))
     with reached.http(REQUEST_S) as http:

@@ -1,0 +1,173 @@
+"""Owns `pdserve verify --blend`: whether a model answers nearly as with full prefill where the KV of chunks is blended."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import httpx
+
+from pdserve.cli.access import Access, get, post, reaching_grpc
+from pdserve.cli.blend_cases import BlendCase, built_in_cases, cases_of_lines
+from pdserve.cli.blend_quality import Compared, Limits, Quality, kl_nats
+from pdserve.cli.options import EXIT_CHECK_FAILED, EXIT_OK, access
+from pdserve.cli.terminal import Terminal
+from pdserve.client import AsyncClient, Generation, KvBlend, RequestOptions, Sampling, Tls
+from pdserve.errors import InvalidRequest
+
+CONCURRENT = 4
+REQUEST_S = 300.0
+TOP_LOGPROBS = 20
+OUTPUT_TOKENS = 1
+SHOWN_ROWS = 10
+MEAN_KL_NATS = 0.05
+MAX_KL_NATS = 1.0
+AGREEMENT = 0.95
+
+
+def add_blend_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("--blend", "full prefill against KV blended from chunks (docs/blend.md)")
+    group.add_argument("--blend", action="store_true", help="check this instead; needs controller.kv_blend: on")
+    group.add_argument("--method", choices=("blend", "epic"), default="blend", help="CacheBlend or EPIC")
+    group.add_argument("--ratio", type=float, default=0.15, metavar="X", help="blend: share computed anew")
+    group.add_argument("--first-tokens", type=int, default=32, metavar="N", help="epic: tokens of each chunk")
+    group.add_argument(
+        "--prompts", type=Path, default=None, metavar="FILE", help="JSONL: token_ids and chunks per line"
+    )
+    group.add_argument("--count", type=int, default=32, metavar="N", help="built-in prompts, without --prompts")
+    group.add_argument("--mean-kl", type=float, default=MEAN_KL_NATS, metavar="X", help="allowed, in nats")
+    group.add_argument("--max-kl", type=float, default=MAX_KL_NATS, metavar="X", help="allowed for one prompt, in nats")
+    group.add_argument("--agreement", type=float, default=AGREEMENT, metavar="X", help="of the likeliest token, needed")
+
+
+def verify_blend(options: argparse.Namespace, terminal: Terminal) -> int:
+    if options.count < 1:
+        raise InvalidRequest("--count must be at least 1.")
+    reached = reaching_grpc(access(options))
+    limits = Limits(options.mean_kl, options.max_kl, options.agreement)
+    with reached.http(REQUEST_S) as http:
+        model = get(http, "/api/v1/status").text("model")
+        cases = _cases(http, options)
+    terminal.say(f"{len(cases)} prompts, each with full prefill and with {_recipe(options)}")
+    rows = asyncio.run(_Comparison(reached, options).run(cases))
+    blended = [row for row in rows if row.blended_tokens]
+    if not blended:
+        raise InvalidRequest(
+            "No prompt was blended: the chunks are too short, hold too little of the prompts, or the recipe computes nearly "
+            "everything. Give longer chunks (--prompts) or a smaller --ratio."
+        )
+    quality = Quality.of(blended)
+    failures = quality.failures(limits)
+    _show(rows, quality, terminal)
+    terminal.result(_plain(model, options, rows, quality, failures))
+    if failures:
+        terminal.say(f"FAILED: {model} must not be served with kv_blend: {'; '.join(failures)}.")
+        return EXIT_CHECK_FAILED
+    terminal.say(f"Passed: {model} may be served with kv_blend for prompts like these ({_recipe(options)}).")
+    return EXIT_OK
+
+
+def _cases(http: httpx.Client, options: argparse.Namespace) -> list[BlendCase]:
+    if options.prompts is not None:
+        try:
+            with options.prompts.open(encoding="utf-8") as lines:
+                return cases_of_lines(lines, options.prompts.name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"{options.prompts} cannot be read: {error}") from error
+
+    def tokenize(text: str) -> list[int]:
+        body: dict[str, object] = {"prompt": text, "add_special_tokens": False}
+        return [int(token) for token in post(http, "/tokenize", body).texts("tokens")]
+
+    limit = post(http, "/tokenize", {"prompt": "a"}).integer("max_model_len") - OUTPUT_TOKENS
+    return built_in_cases(options.count, limit, tokenize, Random(options.seed))
+
+
+class _Comparison:
+    def __init__(self, reached: Access, options: argparse.Namespace) -> None:
+        self._reached = reached
+        self._options = options
+        self._gate = asyncio.Semaphore(CONCURRENT)
+        self._run_id = secrets.token_hex(4)
+
+    async def run(self, cases: Sequence[BlendCase]) -> list[Compared]:
+        """Raises the first error of a request."""
+        reached = self._reached
+        tls = Tls(ca=reached.trusted_pem) if reached.api_url.startswith("https") else None
+        async with AsyncClient(reached.grpc_address, reached.api_key, tls) as client:
+            return list(await asyncio.gather(*(self._compare(client, case) for case in cases)))
+
+    async def _compare(self, client: AsyncClient, case: BlendCase) -> Compared:
+        options = self._options
+        async with self._gate:
+            full = await self._generate(client, case, None)
+            asked = KvBlend(case.chunks, method=options.method, ratio=options.ratio, first_tokens=options.first_tokens)
+            blended = await self._generate(client, case, asked)
+        one, other = full.choices[0], blended.choices[0]
+        return Compared(
+            case.name,
+            len(case.token_ids),
+            blended.usage.blended_tokens,
+            kl_nats(one.logprobs[0], other.logprobs[0]),
+            one.token_ids[0] == other.token_ids[0],
+        )
+
+    async def _generate(self, client: AsyncClient, case: BlendCase, blend: KvBlend | None) -> Generation:
+        options = RequestOptions(cache_salt=f"verify-blend-{self._run_id}", kv_blend=blend)
+        sampling = Sampling(OUTPUT_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP_LOGPROBS)
+        stream = client.generate(case.token_ids, sampling, timeout_s=REQUEST_S, options=options)
+        async with stream:
+            return await stream.result()
+
+
+def _recipe(options: argparse.Namespace) -> str:
+    if options.method == "epic":
+        return f"EPIC, the first {options.first_tokens} tokens of each chunk computed anew"
+    return f"CacheBlend, {options.ratio:.0%} of the chunks' tokens computed anew"
+
+
+def _show(rows: Sequence[Compared], quality: Quality, terminal: Terminal) -> None:
+    terminal.say()
+    worst = sorted(rows, key=lambda row: row.kl, reverse=True)[:SHOWN_ROWS]
+    terminal.table(
+        ("PROMPT", "TOKENS", "BLENDED", "KL (NATS)", "TOP-1"),
+        [
+            (row.name, str(row.tokens), str(row.blended_tokens), f"{row.kl:.2e}", "same" if row.agrees else "DIFFERS")
+            for row in worst
+        ],
+    )
+    if len(rows) > len(worst):
+        terminal.say(f"the {len(worst)} worst of {len(rows)}")
+    terminal.say(
+        f"{quality.prompts} blended: mean KL {quality.mean_kl:.2e}, largest {quality.max_kl:.2e} nats (of the next token, over the "
+        f"{TOP_LOGPROBS} likeliest tokens, the rest as one: a lower estimate); top-1 agreement {quality.agreement:.1%}"
+    )
+
+
+def _plain(
+    model: str, options: argparse.Namespace, rows: Sequence[Compared], quality: Quality, failures: Sequence[str]
+) -> dict[str, object]:
+    return {
+        "passed": not failures,
+        "model": model,
+        "method": options.method,
+        "ratio": options.ratio,
+        "first_tokens": options.first_tokens,
+        "prompts": len(rows),
+        "blended_prompts": quality.prompts,
+        "blended_tokens": sum(row.blended_tokens for row in rows),
+        "prompt_tokens": sum(row.tokens for row in rows),
+        "mean_kl_nats": quality.mean_kl,
+        "max_kl_nats": quality.max_kl,
+        "top1_agreement": quality.agreement,
+        "allowed": {
+            "mean_kl_nats": options.mean_kl,
+            "max_kl_nats": options.max_kl,
+            "top1_agreement": options.agreement,
+        },
+        "failures": list(failures),
+    }
