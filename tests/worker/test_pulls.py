@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
 import pytest
 
 from pdserve.v1 import worker_pb2
@@ -9,12 +14,14 @@ from tests.worker import commands
 from tests.worker.conftest import StartWorker
 from tests.worker.controller_twin import ControllerTwin, SessionTwin
 from tests.worker.processes import NATIVE
+from tests.worker.test_handoffs import Pair
 from tests.worker.test_native_worker import MODEL
-from tests.worker.test_tiers import held, keys_of, prompt
+from tests.worker.test_tiers import evict, held, keys_of, prompt
 
 pytestmark = pytest.mark.slow  # real processes
 
 SETS = (f"model.path={MODEL}", "model.dtype=float32", "engine.threads=1", "engine.kv_bytes=8000000")
+FAILURES = {"killed": "unavailable", "stopped": "timeout", "lease expired": "lease_expired"}
 PAGES = len(prompt(0)) // 16
 
 
@@ -77,3 +84,106 @@ async def test_a_prompt_computed_by_one_worker_is_pulled_by_another(
     assert (await peers.figures(peers.puller)).loaded_tokens == {"peer": 16 * PAGES}
     assert (await peers.figures(peers.lender)).lent_tokens == 16 * PAGES
     await all_free(peers.lender, peers.puller)
+
+
+async def test_a_prompt_that_a_peer_keeps_in_a_tier_alone_is_pulled_too(
+    controller: ControllerTwin, start_worker: StartWorker
+) -> None:
+    peers = await open_peers(controller, start_worker, "engine.kv_bytes=2000000")
+    expected = await peers.computed()
+    await peers.lender.until(lambda: keys_of(peers.root, 0) <= held(peers.lender, "host"))
+    await evict(peers.lender, peers.root, 0, 100)
+    assert await peers.pulled() == expected
+    # A quarter of the lender's pool is less than the prompt.
+    assert 0 < peers.cached() < 16 * PAGES
+    assert peers.cached() == (await peers.figures(peers.puller)).loaded_tokens["peer"]
+    await all_free(peers.lender, peers.puller)
+
+
+async def test_a_hint_that_promises_too_much_brings_what_there_is(
+    controller: ControllerTwin, start_worker: StartWorker
+) -> None:
+    peers = await open_peers(controller, start_worker)
+    begun = peers.work(1)
+    begun.token_ids, begun.block_hashes = begun.token_ids[: 4 * 100], begun.block_hashes[: 32 * 6]
+    begun.prompt_tokens = 100
+    peers.lender.send(commands.generate(begun))
+    await peers.lender.until_finished(1)
+    tokens = await peers.pulled()
+    assert peers.cached() == 16 * 6
+    assert tokens == await peers.computed(3)
+    await all_free(peers.lender, peers.puller)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ucx"])
+@pytest.mark.parametrize("fault", FAILURES)
+async def test_a_peer_that_fails_amid_a_pull_costs_time_and_no_token(
+    controller: ControllerTwin, start_worker: StartWorker, transport: str, fault: str
+) -> None:
+    """The lender's engine is stopped first, so that the pull is surely under way when the rest happens."""
+    lease_s, deadline_s = (0.5 if fault == "lease expired" else 10, 2 if fault == "stopped" else 30)
+    sets = (f"transfer.transport={transport}", f"transfer.lease_s={lease_s}", f"store.load_deadline_s={deadline_s}")
+    peers = await open_peers(controller, start_worker, *sets)
+    expected = await peers.computed()
+    lender = peers.lender.snapshots[0].worker
+    with stopped(lender.engine_pid, lender.pid):
+        peers.puller.send(commands.generate(peers.hinted(2)))
+        if fault != "lease expired":
+            await under_way(peers.puller)
+            os.kill(lender.pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+        await peers.puller.until_finished(2)
+        assert peers.puller.tokens(2)[0] == expected
+        assert peers.cached() == 0
+        failed = dict((await peers.figures(peers.puller)).failed_pulls)
+        assert failed == {FAILURES[fault]: 1}
+        await all_free(peers.puller)
+    if fault != "killed":
+        await all_free(peers.lender)
+
+
+async def test_cancel_of_a_request_amid_its_pull_frees_every_block(
+    controller: ControllerTwin, start_worker: StartWorker
+) -> None:
+    peers = await open_peers(controller, start_worker, "store.load_deadline_s=30")
+    expected = await peers.computed()
+    engine_pid = peers.lender.snapshots[0].worker.engine_pid
+    with stopped(engine_pid):
+        peers.puller.send(commands.generate(peers.hinted(2)))
+        await under_way(peers.puller)
+        peers.puller.send(commands.cancel(2))
+    await all_free(peers.puller, peers.lender)
+    assert not peers.puller.tokens(2)
+    assert await peers.pulled(3) == expected
+    assert peers.cached() == 16 * PAGES
+    await all_free(peers.puller, peers.lender)
+
+
+async def test_a_prefill_worker_pulls_and_hands_over(controller: ControllerTwin, start_worker: StartWorker) -> None:
+    peers = await open_peers(controller, start_worker)
+    expected = await peers.computed()
+    process = await start_worker("w2", "decode", *SETS, engine_module=NATIVE)
+    decode = await controller.session("w2")
+    pair = Pair(peers.puller, decode, process, process)
+    await pair.start(peers.hinted(2))
+    await decode.until_finished(2)
+    assert peers.cached() == 16 * PAGES
+    assert peers.puller.tokens(2)[0] + decode.tokens(2)[0] == expected
+    await all_free(peers.lender, peers.puller, decode)
+
+
+async def under_way(puller: SessionTwin) -> None:
+    """Blocks are open: for the pull, as long as the lender cannot answer."""
+    total = puller.snapshots[0].load.blocks_total
+    await puller.until(lambda: puller.loads[-1].blocks_free < total)
+
+
+@contextmanager
+def stopped(pid: int, *others: int) -> Iterator[None]:
+    """`pid` is stopped at first; it goes on with the others at the end, whatever happens: a stopped process outlives its test."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for each in (*others, pid):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGCONT)
