@@ -1,0 +1,119 @@
+"""Blended KV on a real cluster: deterministic, the same split or local, unharmed by the death of a worker, and gated."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from pdserve.cli.record import Record
+from pdserve.client import Client, Generation, KvBlend, RequestOptions, Route, Sampling
+from pdserve.errors import InvalidRequest
+from tests.e2e.cluster import Cluster, kill, run_cli, wait_until
+from tests.e2e.streams import Streamed, complete, events, fold
+
+pytestmark = pytest.mark.slow
+
+TOKENS = [(37 * at * at + 11 * at) % 1900 + 60 for at in range(420)]
+CHUNKS = [[2, 130], [131, 260], [262, 400]]
+BLENDED = sum(end - start for start, end in CHUNKS)
+NEW_TOKENS = 200
+# Naive reuse, drawn with a seed: a run that lost its chunks, or blended them otherwise, would not bring these tokens by chance.
+BLEND: dict[str, object] = {"chunks": CHUNKS, "method": "epic", "first_tokens": 0}
+BODY: dict[str, object] = {
+    "prompt": TOKENS, "max_tokens": NEW_TOKENS, "temperature": 1, "seed": 5, "ignore_eos": True, "kv_blend": BLEND,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One prefill and two decode workers, blends allowed."""
+    state_dir = tmp_path_factory.mktemp("blend") / "state"
+    cluster = Cluster(state_dir, "--prefill", "1", "--decode", "2", "--set", "controller.kv_blend=on")
+    yield cluster
+    cluster.stop()
+
+
+async def _stream(cluster: Cluster, body: dict[str, object]) -> Streamed:
+    async with httpx.AsyncClient(base_url=cluster.api_url, timeout=60) as client:
+        return await complete(client, body)
+
+
+def _generate(client: Client, route: Route, method: str = "blend") -> Generation:
+    blend = KvBlend([(start, end) for start, end in CHUNKS], method="blend" if method == "blend" else "epic")
+    options = RequestOptions(route=route, kv_blend=blend)
+    return client.generate(TOKENS, Sampling(40, 0.0, ignore_eos=True, logprobs=3), options=options).result()
+
+
+@pytest.mark.parametrize("method", ["blend", "epic"])
+def test_the_same_tokens_twice_split_or_local(cluster: Cluster, method: str) -> None:
+    wait_until(lambda: cluster.ready(3), "three workers ready")
+    with Client(str(cluster.status()["grpc_address"])) as client:
+        routes = [
+            Route("p0", "d0", "tcp"),
+            Route("p0", "d1", "ucx"),
+            Route("p0", "d1", "tcp"),
+            Route("", "d0"),
+            Route("", "d0"),
+        ]
+        got = [_generate(client, route, method) for route in routes]
+    assert {one.usage.blended_tokens for one in got} == {BLENDED}
+    assert len({one.choices[0].token_ids for one in got}) == 1
+    assert len({one.choices[0].logprobs for one in got}) == 1
+
+
+async def test_a_blended_stream_survives_the_death_of_its_decode_worker(cluster: Cluster) -> None:
+    undisturbed = await _stream(cluster, BODY)
+    exact = await _stream(cluster, {**BODY, "kv_blend": None})
+    assert undisturbed.token_ids != exact.token_ids
+    streamed, killed, tag = Streamed(), False, f"blend-kill-{time.monotonic_ns()}"
+    async with httpx.AsyncClient(base_url=cluster.api_url, timeout=60, headers={"x-request-id": tag}) as client:
+        async for event in events(client, BODY):
+            fold(streamed, event)
+            if not killed and sum(map(len, streamed.token_ids.values())) >= 20:
+                killed = True
+                decode_worker = _timeline(cluster, tag).record("summary").text("decode_worker")
+                kill(cluster.workers()[decode_worker].engine_pid)
+    assert streamed.error == ""
+    assert streamed.token_ids == undisturbed.token_ids
+    assert streamed.done
+    timeline = _timeline(cluster, tag)
+    assert timeline.integer("blended_tokens") == BLENDED
+    attempts = timeline.records("attempts")
+    assert len(attempts) > 1
+    assert (attempts[-1].text("outcome"), attempts[-1].integer("blended_tokens")) == ("finished", BLENDED)
+
+
+def _timeline(cluster: Cluster, request_id: str) -> Record:
+    return Record.parse(httpx.get(f"{cluster.api_url}/api/v1/requests/{request_id}", timeout=10).text)
+
+
+def test_the_check_passes_with_loose_limits_and_fails_with_none(cluster: Cluster) -> None:
+    wait_until(lambda: cluster.ready(3), "three workers ready")
+    loose = run_cli(
+        cluster.state_dir, "verify", "--blend", "--count", "4", "--agreement", "0", "--mean-kl", "9", "--max-kl", "9",
+        "-o", "json",
+    )  # fmt: skip
+    assert loose.returncode == 0, loose.stdout + loose.stderr
+    told = json.loads(loose.stdout)
+    assert told["passed"]
+    assert told["blended_prompts"] == 4
+    assert 0 < told["blended_tokens"] < told["prompt_tokens"]
+    assert told["max_kl_nats"] >= told["mean_kl_nats"] > 0
+    strict = run_cli(cluster.state_dir, "verify", "--blend", "--count", "4", "--mean-kl", "0")
+    assert strict.returncode == 4, strict.stdout + strict.stderr
+    assert "pdserve-tiny must not be served with kv_blend: mean KL" in strict.stdout
+
+
+def test_where_it_is_switched_off_requests_and_the_check_are_refused(pair_cluster: Cluster) -> None:
+    answer = httpx.post(f"{pair_cluster.api_url}/v1/completions", json=BODY, timeout=30)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "kv_blend"
+    with Client(str(pair_cluster.status()["grpc_address"])) as client, pytest.raises(InvalidRequest, match="--blend"):
+        _generate(client, Route("", "d0"))
+    check = run_cli(pair_cluster.state_dir, "verify", "--blend", "--count", "1")
+    assert check.returncode == 2
+    assert "controller.kv_blend" in check.stderr
