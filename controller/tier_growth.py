@@ -34,6 +34,7 @@ _LOADS: dict[LoadCount, Callable[[worker_pb2.TierLoads], float]] = {
     "not_worth_it": lambda loads: loads.not_worth_it,
     "offers_skipped": lambda loads: loads.offers_skipped,
     "dropped_on_the_way_down": lambda loads: loads.dropped_on_the_way_down,
+    "lent_tokens": lambda loads: loads.lent_tokens,
 }
 
 _INCARNATIONS_KEPT = 8192  # a worker that was lost may come back, and has not begun anew
@@ -86,6 +87,10 @@ class TierGrowth:
             self._metrics.loads_grown(name, _growth(seen, ("load", name), value_of(loads)))
         for tier, tokens in loads.loaded_tokens.items():
             self._metrics.grown("loaded_tokens", tier, _growth(seen, ("loaded", tier), tokens))
+        for reason, count in loads.failed_pulls.items():
+            self._metrics.peer_failed("pull", reason, _growth(seen, ("pull", reason), count))
+        for reason, count in loads.failed_loans.items():
+            self._metrics.peer_failed("loan", reason, _growth(seen, ("loan", reason), count))
 
 
 def _growth(seen: dict[_Name, float], name: _Name, value: float) -> float:

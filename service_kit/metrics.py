@@ -39,8 +39,9 @@ TierCount = Literal[
     "evicted_pages", "evicted_age_seconds", "expired_pages", "dropped_pages", "failures", "loaded_tokens",
 ]  # fmt: skip
 LoadCount = Literal[
-    "queried_tokens", "seconds", "late", "no_room", "not_worth_it", "offers_skipped", "dropped_on_the_way_down"
-]
+    "queried_tokens", "seconds", "late", "no_room", "not_worth_it", "offers_skipped", "dropped_on_the_way_down", "lent_tokens"
+]  # fmt: skip
+PeerFailure = Literal["pull", "loan"]
 
 _TIERS = ("host", "disk", "redis", "peer")
 _TIER_VERIFY_KINDS = ("checksum", "header", "length", "identity", "fingerprint")
@@ -196,7 +197,7 @@ class TransferMetrics:
         self._verify = make.counter("kv_verify_failures", "Blocks that did not match what was announced.", ["kind"])
 
     def handed_over(self, transport: str, byte_count: int, transfer_s: float, exposed_s: float) -> None:
-        label = transport if transport in ("ucx", "tcp", "inproc") else "other"
+        label = transport if transport in ("ucx", "nixl", "tcp", "inproc") else "other"
         self._bytes.labels(label).inc(byte_count)
         self._seconds.labels(label).observe(transfer_s)
         self._exposed.labels(label).observe(exposed_s)
@@ -308,8 +309,13 @@ class TierMetrics:
                 ("not_worth_it", "Loads that computing was expected to beat."),
                 ("offers_skipped", "Pages never offered to the tiers: too many waited."),
                 ("dropped_on_the_way_down", "Pages that left the host tier before they were stored below it."),
+                ("lent_tokens", "Tokens whose KV was lent to a peer."),
             )
         }  # fmt: skip
+        self._peers: dict[PeerFailure, Counter] = {
+            "pull": make.counter("kv_pull_failures", "Pulls of pages from a peer that brought none.", ["reason"]),
+            "loan": make.counter("kv_loan_failures", "Pulls by a peer that were refused or failed.", ["reason"]),
+        }
 
     def level(self, name: TierLevel, tier: str, value: float) -> None:
         self._gauges[name].labels(tier_label(tier)).set(value)
@@ -322,6 +328,9 @@ class TierMetrics:
 
     def loads_grown(self, name: LoadCount, growth: float) -> None:
         self._loads[name].inc(growth)
+
+    def peer_failed(self, kind: PeerFailure, reason: str, growth: float) -> None:
+        self._peers[kind].labels(reason if reason in ERRORS_BY_REASON else "other").inc(growth)
 
 
 def tier_label(name: str) -> str:

@@ -78,3 +78,18 @@ def test_labels_are_bounded_whatever_workers_report() -> None:
     TierGrowth(metrics.tiers).look([record("p0", 1, strange, tier("tape", 3), tier("attic", 4))])
     assert values(metrics, "kv_tier_verify_failures_total") == {("host", "checksum"): 2, ("host", "other"): 1}
     assert values(metrics, "kv_tier_hit_tokens_total") == {("host",): 0, ("other",): 7}
+
+
+def test_failed_pulls_and_loans_are_counted_by_reason() -> None:
+    metrics = Metrics("tiny")
+    growth = TierGrowth(metrics.tiers)
+    failing = record("p0", 1)
+    failing.load.loads.failed_pulls.update({"timeout": 2, "no such reason": 1})
+    failing.load.loads.failed_loans.update({"no_capacity": 3})
+    failing.load.loads.lent_tokens = 160
+    growth.look([failing])
+    failing.load.loads.failed_pulls["timeout"] = 3
+    growth.look([failing])
+    assert values(metrics, "kv_pull_failures_total") == {("timeout",): 3, ("other",): 1}
+    assert values(metrics, "kv_loan_failures_total") == {("no_capacity",): 3}
+    assert values(metrics, "kv_load_lent_tokens_total") == {(): 160}
