@@ -218,7 +218,12 @@ class PageTiers:
         ids = stretch.ids
         held = next((at for at, page in enumerate(ids) if not self._holds(page.key)), len(ids))
         self.figures.queried_tokens += (len(ids) - held) * self._page_tokens
-        runs = await self._reads.locate(ids[held:])
+        locating = self._reads.locate(ids[held:])
+        await asyncio.wait([locating], timeout=max(0.0, deadline_s - time.monotonic()))
+        if not locating.done():
+            self.figures.late += 1  # all threads read from a medium that is stuck
+            return
+        runs = locating.result()
         own_end = held + sum(run.pages for run in runs)
         peer = self._peer_run(stretch, source, own_end)
         runs += [peer] if peer is not None else []
@@ -226,6 +231,8 @@ class PageTiers:
             return
         split = best_split(runs, len(ids) - held, self._speeds(), self.compute.page_s)
         if split.load_pages and (stretch.in_parts or held + split.load_pages == len(ids)):
+            # A long load may take its time: it was chosen because computing takes longer.
+            deadline_s = max(deadline_s, time.monotonic() + 2 * split.load_s)
             await self._load(_Plan(stretch.first(held + split.load_pages), own_end, source), deadline_s)
         else:
             self.figures.not_worth_it += 1

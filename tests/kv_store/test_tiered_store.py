@@ -56,8 +56,10 @@ class Shelf:
         self.tenants: set[bytes] = set()
         self.fails = False
         self.before_read: Callable[[], object] = lambda: None
+        self.before_look: Callable[[], object] = lambda: None
 
     def present(self, page_ids: Sequence[PageId]) -> int:
+        self.before_look()
         self._check()
         return next((at for at, each in enumerate(page_ids) if each.key not in self.held), len(page_ids))
 

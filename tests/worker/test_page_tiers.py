@@ -140,6 +140,18 @@ async def test_a_stuck_read_delays_the_work_to_the_deadline_and_its_blocks_until
     tiers.close()
 
 
+async def test_a_medium_that_does_not_even_answer_delays_the_work_to_the_deadline(link: LinkTwin) -> None:
+    shelf, stuck = full_shelf(), threading.Event()
+    tiers = opened_tiers(link, shelf, load_deadline_s=0.05)
+    shelf.before_look = lambda: stuck.wait(DEADLINE_S)
+    tiers.submit(Submit(work(), "prefill"))
+    await link.until(lambda: "Submit" in link.names())
+    assert "LoadPages" not in link.names()
+    assert tiers.figures.late == 1
+    stuck.set()
+    tiers.close()
+
+
 async def test_an_engine_that_opens_nothing_is_waited_for_no_longer_than_the_deadline() -> None:
     link = LinkTwin(answers=False)
     tiers = opened_tiers(link, full_shelf(), load_deadline_s=0.05)
