@@ -129,7 +129,7 @@ async def test_without_a_stored_page_the_work_goes_straight_on(link: LinkTwin) -
 
 async def test_a_stuck_read_delays_the_work_to_the_deadline_and_its_blocks_until_it_is_over(link: LinkTwin) -> None:
     shelf, stuck = full_shelf(), threading.Event()
-    tiers = opened_tiers(link, shelf, load_deadline_s=0.05)
+    tiers = opened_tiers(link, shelf, load_deadline_s=1.0)
     shelf.before_read = lambda: (stuck.wait(DEADLINE_S) and None) or None
     tiers.submit(Submit(work(), "prefill"))
     await link.until(lambda: "Submit" in link.names())
