@@ -57,7 +57,7 @@ async def api(keys: ApiKeys | None = None, *, workers: bool = True) -> AsyncIter
         if workers:
             await twin.square()
         endpoint = GrpcEndpoint(ClusterConfig(), keys or ApiKeys())
-        limits = GenerateLimits("tiny", 4096, 256, 4)
+        limits = GenerateLimits("tiny", 4096, 256, 4, kv_blend=True)
         with ThreadPoolExecutor(1) as threads:
             inference = InferenceApi(twin.service, ByteTokenizer(), limits, threads)
             membership = MembershipApi(twin.fleet, "controller-under-test", 2.0)
@@ -105,6 +105,18 @@ async def test_text_prompts_are_tokenised_and_texts_come_back() -> None:
             "".join(delta.text for response in responses for delta in response.choices)
             == bytes(tokens_of(prompt, 3, 0, 8)).decode()
         )
+
+
+async def test_chunks_of_a_text_are_marked_by_a_separator_and_counted_in_the_usage() -> None:
+    async with api() as served:
+        asked = served.message(4)
+        asked.text = "a" * 20 + "##" + "b" * 30 + "##" + "question"
+        asked.kv_blend.separator_text = "##"
+        responses = await served.collect(asked)
+        assert responses[-1].usage.blended_tokens == 50
+        asked.text, asked.request_id = "no chunk here", "none"
+        with pytest.raises(grpc.aio.AioRpcError, match="do not occur"):
+            await served.collect(asked)
 
 
 async def test_choices_logprobs_and_skipped_text() -> None:

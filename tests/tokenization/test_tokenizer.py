@@ -34,6 +34,19 @@ def test_decode_gives_the_text_back_as_the_library_does(
     assert tokenizer.decode(ids) == backend.decode(ids) == text
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_offsets_say_which_characters_each_token_stands_for(tokenizer: Tokenizer, text: str) -> None:
+    ids = ids_from_bytes(tokenizer.encode(text, add_special_tokens=False))
+    offsets = tokenizer.offsets(text, add_special_tokens=False)
+    assert len(offsets) == len(ids)
+    assert [start for start, _ in offsets] == sorted(start for start, _ in offsets)
+    for place, (start, end) in enumerate(offsets):
+        told = tokenizer.token_text(
+            ids[place]
+        ).strip()  # where a space was put in front, it has the first character's place
+        assert told in ("", "\N{REPLACEMENT CHARACTER}", text[start:end].strip())
+
+
 @given(data=st.data())
 def test_byte_level_decode_equals_the_library_for_any_ids(data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, _BYTE_LEVEL.get_vocab_size() - 1), max_size=30))
