@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import grpc
 import pytest
@@ -14,6 +15,7 @@ from pdserve.v1 import kv_pull_pb2, kv_pull_pb2_grpc
 from service_kit.config import TransferConfig
 from tests.worker.pull_rig import BLOCKS, PAGE_TOKENS, PAGES, Peer, open_peers
 from worker_runtime.page_loans import LENT_SHARE, LOANS_PER_PEER
+from worker_runtime.tier_reads import arena_pages
 
 
 async def nothing_held(*peers: Peer) -> None:
@@ -112,6 +114,22 @@ async def test_a_peer_that_does_not_answer_costs_the_deadline_and_is_left_alone_
         lender.engine.resume()
         await nothing_held(lender, puller)
         assert lender.loans.figures.lent_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_what_a_late_pull_still_has_under_way_never_lands_in_blocks_that_others_use(seed: int) -> None:
+    async with open_peers(FaultPlan(seed=seed, reorder=1.0, delay_s=0.2)) as (lender, puller):
+        await lender.compute()
+        assert await puller.pull(lender, deadline_s=0.1) == 0
+        assert puller.pulls.figures.failed == {"timeout": 1}
+        until_s = time.monotonic() + 20.0
+        opened = await puller.engine.openings.open(puller.stretch().to_load, until_s)
+        assert opened is not None
+        arena = arena_pages(puller.engine)
+        arena[:, list(opened.blocks)] = 0xAB
+        await lender.until(lambda: not lender.engine.blocks_held and not puller.kv.receiver.held)
+        assert (arena[:, list(opened.blocks)] == 0xAB).all()
+        puller.engine.openings.end(opened.load_id, 0)
 
 
 async def test_a_lease_that_expires_while_the_peer_reads_ends_the_pull_and_what_comes_late_is_refused() -> None:

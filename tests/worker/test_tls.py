@@ -10,7 +10,8 @@ import grpc
 import pytest
 
 from pdserve.errors import ConfigInvalid
-from pdserve.v1 import worker_pb2, worker_pb2_grpc
+from pdserve.rpc_errors import error_from_rpc
+from pdserve.v1 import kv_pull_pb2, kv_pull_pb2_grpc, worker_pb2, worker_pb2_grpc
 from service_kit.config import ClusterConfig, SecurityConfig, WorkerConfig
 from tests.worker import commands
 from tests.worker.controller_twin import ControllerTwin
@@ -76,6 +77,13 @@ async def test_a_hand_off_and_both_sessions_work_under_mutual_tls_and_a_stranger
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await worker_pb2_grpc.WorkerServiceStub(channel).Session(iter([opening]), timeout=5).read()
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await kv_pull_pb2_grpc.KvPullServiceStub(channel).Pull(kv_pull_pb2.PullRequest(), timeout=5)
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        async with grpc.aio.secure_channel(pair.decode.address, controller.credentials) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await kv_pull_pb2_grpc.KvPullServiceStub(channel).Pull(kv_pull_pb2.PullRequest(), timeout=5)
+            assert error_from_rpc(caught.value).reason == "layout_mismatch"
     finally:
         await controller.close()
         for worker in workers:
