@@ -8,7 +8,10 @@ from typing import Literal
 import pytest
 import torch
 
+from engine.block_tables import BlockTables
+from engine.kv_exchange import KvExchange
 from engine.native import NativeEngine
+from engine.pool import BlockPool
 from engine.protocol import (
     ClearPrefixCache,
     KvOffered,
@@ -23,6 +26,7 @@ from engine.protocol import (
 )
 from kv_transfer.keys import chain_hashes
 from tests.engine.rig import PROMPT, Recorder, assert_all_free, finish, open_native, sampling, work
+from tests.engine.test_kv_memory import LAYOUT, device
 
 PAGES = len(PROMPT) // 16
 PAGE_BYTES = 3 * 2 * 16 * 2 * 16 * 4  # layers, k and v, tokens, heads, dimensions, float32
@@ -197,3 +201,22 @@ def test_the_generation_of_an_opened_block_rises_with_each_owner(native: tuple[N
         if block in owners
     )
     assert set(owners) & set(second.blocks)
+
+
+def test_lent_pages_are_told_once_the_arena_holds_them() -> None:
+    held, recorder = device(), Recorder()
+    tables = BlockTables(BlockPool(LAYOUT.blocks), LAYOUT.page_tokens)
+    exchange = KvExchange(tables, held.memory, LAYOUT.layers, 7, recorder)
+    exchange.handle(load_command(1), 0)
+    (opened,) = recorder.of(PagesOpened)
+    exchange.handle(PagesLoaded(1, PAGES), 0)
+    held.memory.pool.copy_(torch.randn(held.memory.pool.shape, generator=torch.Generator().manual_seed(3)))
+    exchange.handle(load_command(2, "lend"), 0)
+    assert len(recorder.of(PagesOpened)) == 1
+    held.memory.settle()
+    lent = recorder.of(PagesOpened)[-1]
+    assert lent.held == opened.blocks
+    assert torch.equal(held.arena[:, list(lent.held)], held.memory.pool[:, list(lent.held)])
+    exchange.handle(PagesLoaded(2, 0), 0)
+    assert tables.pool.held == 0
+    held.memory.close()
