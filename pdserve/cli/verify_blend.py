@@ -53,20 +53,25 @@ def verify_blend(options: argparse.Namespace, terminal: Terminal) -> int:
         model = get(http, "/api/v1/status").text("model")
         cases = _cases(http, options)
     terminal.say(f"{len(cases)} prompts, each with full prefill and with {_recipe(options)}")
-    rows = asyncio.run(_Comparison(reached, options).run(cases))
+    pairs = asyncio.run(_Comparison(reached, options).run(cases))
+    rows = [row for row, _ in pairs]
     blended = [row for row in rows if row.blended_tokens]
     if not blended:
         raise InvalidRequest(
             "No prompt was blended: the chunks are too short, hold too little of the prompts, or the recipe computes nearly "
             "everything. Give longer chunks (--prompts) or a smaller --ratio."
         )
-    quality = Quality.of(blended)
+    quality, naive = Quality.of(blended), Quality.of([row for _, row in pairs])
     failures = quality.failures(limits)
-    _show(rows, quality, terminal)
-    terminal.result(_plain(model, options, rows, quality, failures))
+    _show(rows, quality, naive, terminal)
+    terminal.result({**_plain(model, options, rows, quality, failures), "naive_reuse": _figures(naive)})
     if failures:
         terminal.say(f"FAILED: {model} must not be served with kv_blend: {'; '.join(failures)}.")
         return EXIT_CHECK_FAILED
+    if not naive.failures(limits):
+        terminal.say(
+            "These prompts prove little: chunks taken as they are would pass too. Give prompts that need theirs: --prompts FILE"
+        )
     terminal.say(f"Passed: {model} may be served with kv_blend for prompts like these ({_recipe(options)}).")
     return EXIT_OK
 
@@ -94,27 +99,21 @@ class _Comparison:
         self._gate = asyncio.Semaphore(CONCURRENT)
         self._run_id = secrets.token_hex(4)
 
-    async def run(self, cases: Sequence[BlendCase]) -> list[Compared]:
-        """Raises the first error of a request."""
+    async def run(self, cases: Sequence[BlendCase]) -> list[tuple[Compared, Compared]]:
+        """By the recipe, and by naive reuse, which tells whether the prompts feel it. Raises the first error of a request."""
         reached = self._reached
         tls = Tls(ca=reached.trusted_pem) if reached.api_url.startswith("https") else None
         async with AsyncClient(reached.grpc_address, reached.api_key, tls) as client:
             return list(await asyncio.gather(*(self._compare(client, case) for case in cases)))
 
-    async def _compare(self, client: AsyncClient, case: BlendCase) -> Compared:
+    async def _compare(self, client: AsyncClient, case: BlendCase) -> tuple[Compared, Compared]:
         options = self._options
+        asked = KvBlend(case.chunks, method=options.method, ratio=options.ratio, first_tokens=options.first_tokens)
         async with self._gate:
             full = await self._generate(client, case, None)
-            asked = KvBlend(case.chunks, method=options.method, ratio=options.ratio, first_tokens=options.first_tokens)
             blended = await self._generate(client, case, asked)
-        one, other = full.choices[0], blended.choices[0]
-        return Compared(
-            case.name,
-            len(case.token_ids),
-            blended.usage.blended_tokens,
-            kl_nats(one.logprobs[0], other.logprobs[0]),
-            one.token_ids[0] == other.token_ids[0],
-        )
+            naive = await self._generate(client, case, KvBlend(case.chunks, method="epic", first_tokens=0))
+        return _compared(case, full, blended), _compared(case, full, naive)
 
     async def _generate(self, client: AsyncClient, case: BlendCase, blend: KvBlend | None) -> Generation:
         options = RequestOptions(cache_salt=f"verify-blend-{self._run_id}", kv_blend=blend)
@@ -124,13 +123,24 @@ class _Comparison:
             return await stream.result()
 
 
+def _compared(case: BlendCase, full: Generation, blended: Generation) -> Compared:
+    one, other = full.choices[0], blended.choices[0]
+    return Compared(
+        case.name,
+        len(case.token_ids),
+        blended.usage.blended_tokens,
+        kl_nats(one.logprobs[0], other.logprobs[0]),
+        one.token_ids[0] == other.token_ids[0],
+    )
+
+
 def _recipe(options: argparse.Namespace) -> str:
     if options.method == "epic":
         return f"EPIC, the first {options.first_tokens} tokens of each chunk computed anew"
     return f"CacheBlend, {options.ratio:.0%} of the chunks' tokens computed anew"
 
 
-def _show(rows: Sequence[Compared], quality: Quality, terminal: Terminal) -> None:
+def _show(rows: Sequence[Compared], quality: Quality, naive: Quality, terminal: Terminal) -> None:
     terminal.say()
     worst = sorted(rows, key=lambda row: row.kl, reverse=True)[:SHOWN_ROWS]
     terminal.table(
@@ -145,6 +155,10 @@ def _show(rows: Sequence[Compared], quality: Quality, terminal: Terminal) -> Non
     terminal.say(
         f"{quality.prompts} blended: mean KL {quality.mean_kl:.2e}, largest {quality.max_kl:.2e} nats (of the next token, over the "
         f"{TOP_LOGPROBS} likeliest tokens, the rest as one: a lower estimate); top-1 agreement {quality.agreement:.1%}"
+    )
+    terminal.say(
+        f"chunks taken as they are, for comparison: mean KL {naive.mean_kl:.2e}, largest {naive.max_kl:.2e} nats, top-1 agreement "
+        f"{naive.agreement:.1%}"
     )
 
 
@@ -161,13 +175,19 @@ def _plain(
         "blended_prompts": quality.prompts,
         "blended_tokens": sum(row.blended_tokens for row in rows),
         "prompt_tokens": sum(row.tokens for row in rows),
-        "mean_kl_nats": quality.mean_kl,
-        "max_kl_nats": quality.max_kl,
-        "top1_agreement": quality.agreement,
+        **_figures(quality),
         "allowed": {
             "mean_kl_nats": options.mean_kl,
             "max_kl_nats": options.max_kl,
             "top1_agreement": options.agreement,
         },
         "failures": list(failures),
+    }
+
+
+def _figures(quality: Quality) -> dict[str, object]:
+    return {
+        "mean_kl_nats": quality.mean_kl,
+        "max_kl_nats": quality.max_kl,
+        "top1_agreement": quality.agreement,
     }

@@ -91,6 +91,19 @@ def _timeline(cluster: Cluster, request_id: str) -> Record:
     return Record.parse(httpx.get(f"{cluster.api_url}/api/v1/requests/{request_id}", timeout=10).text)
 
 
+def test_messages_of_a_chat_are_found_again_in_another_order(cluster: Cluster) -> None:
+    wait_until(lambda: cluster.ready(3), "three workers ready")
+    notes = [f"Note {number}: " + " ".join(f"line {number * at}" for at in range(40)) for number in (3, 5)]
+    answers = []
+    for order in (notes, notes[::-1], notes):
+        messages = [{"role": "user", "content": text} for text in (*order, "Which line comes next?")]
+        body = {"messages": messages, "max_tokens": 8, "temperature": 0, "kv_blend": {"chunks": "messages"}}
+        answer = httpx.post(f"{cluster.api_url}/v1/chat/completions", json=body, timeout=60).json()
+        answers.append((answer["choices"], answer["usage"]["prompt_tokens_details"]["blended_tokens"]))
+    assert answers[0] == answers[2]
+    assert answers[0][1] == answers[1][1] > 2 * 40
+
+
 def test_the_check_passes_with_loose_limits_and_fails_with_none(cluster: Cluster) -> None:
     wait_until(lambda: cluster.ready(3), "three workers ready")
     loose = run_cli(
@@ -103,6 +116,7 @@ def test_the_check_passes_with_loose_limits_and_fails_with_none(cluster: Cluster
     assert told["blended_prompts"] == 4
     assert 0 < told["blended_tokens"] < told["prompt_tokens"]
     assert told["max_kl_nats"] >= told["mean_kl_nats"] > 0
+    assert told["naive_reuse"]["mean_kl_nats"] > 0
     strict = run_cli(cluster.state_dir, "verify", "--blend", "--count", "4", "--mean-kl", "0")
     assert strict.returncode == 4, strict.stdout + strict.stderr
     assert "pdserve-tiny must not be served with kv_blend: mean KL" in strict.stdout
