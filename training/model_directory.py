@@ -27,7 +27,7 @@ def write_model_directory(directory: Path, shape: Shape, tokenizer: Tokenizer, w
     (directory / "model.safetensors").chmod(0o644)  # safetensors creates it for its owner only
     _write_json(directory / "config.json", model_config(shape, tokenizer))
     _write_json(directory / "generation_config.json", generation_config(tokenizer))
-    _write_json(directory / "tokenizer_config.json", tokenizer_config(shape))
+    _write_json(directory / "tokenizer_config.json", tokenizer_config(shape, tokenizer))
     _write_json(directory / "special_tokens_map.json", _named_tokens())
 
 
@@ -35,8 +35,13 @@ def _write_json(path: Path, value: Mapping[str, Json]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _special_tokens(tokenizer: Tokenizer) -> list[str]:
+    return [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is not None]
+
+
 def _end_tokens(tokenizer: Tokenizer) -> list[Json]:
-    return [token_id(tokenizer, END_OF_TEXT), token_id(tokenizer, END_OF_TURN)]
+    """Only a tokenizer that knows turns can end one."""
+    return [token_id(tokenizer, token) for token in _special_tokens(tokenizer) if token in (END_OF_TEXT, END_OF_TURN)]
 
 
 def model_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Json]:
@@ -78,12 +83,15 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Json]:
     }
 
 
-def tokenizer_config(shape: Shape) -> dict[str, Json]:
+def tokenizer_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, Json]:
+    """A tokenizer without the tokens of turns gets no chat template."""
+    specials = _special_tokens(tokenizer)
+    chat: dict[str, Json] = {"chat_template": CHAT_TEMPLATE} if END_OF_TURN in specials else {}
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
-        "chat_template": CHAT_TEMPLATE,
+        "additional_special_tokens": list(specials[1:]),
+        **chat,
         "clean_up_tokenization_spaces": False,
         "model_max_length": shape.max_positions,
         "tokenizer_class": "PreTrainedTokenizerFast",
