@@ -57,6 +57,7 @@ from pdserve.errors import NoCapacity, PdserveError
 from service_kit.config import EngineConfig, ModelConfig
 
 _AVERAGE_WEIGHT = 0.1  # of a step in the running average of step times
+_LEAST_PROMPT_TOKENS = 64  # in a step whose time tells how fast prompts are computed
 _AUDIT_INTERVAL_S = 0.25
 _LOGPROB_ROWS = 256  # prompt rows whose logits are held at once
 
@@ -90,6 +91,7 @@ class NativeEngine:
         self._sampler = Sampler(model.spec.vocab, model.spec.eos_token_ids, model.device)
         self._steps = 0
         self._step_ms = 0.0
+        self._prefill_token_us = 0.0
         self._leaked = 0
         self._audit_due_s = 0.0
 
@@ -179,6 +181,7 @@ class NativeEngine:
             prefix_hits=schedule.prefix_hits,
             preemptions=schedule.preemptions,
             resident_bytes=resident_bytes(),
+            prefill_token_us=self._prefill_token_us,
         )
 
     def _audited(self) -> int:
@@ -237,6 +240,10 @@ class NativeEngine:
         self._steps += 1
         step_ms = (time.perf_counter() - start_s) * 1e3
         self._step_ms += (step_ms - self._step_ms) * (_AVERAGE_WEIGHT if self._steps > 1 else 1.0)
+        prompt_tokens = sum(part.count for part in plan.parts if part.count > 1)
+        if prompt_tokens >= _LEAST_PROMPT_TOKENS:
+            token_us, known_us = step_ms * 1e3 / prompt_tokens, self._prefill_token_us
+            self._prefill_token_us += (token_us - known_us) * (_AVERAGE_WEIGHT if known_us else 1.0)
 
     def _announcement(self, part: Part) -> _Announcement | None:
         """Full blocks as they come, the tail with the last chunk."""

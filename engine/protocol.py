@@ -377,6 +377,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", array_like=True):
     prefix_hits: int
     preemptions: int
     resident_bytes: int
+    prefill_token_us: float = 0.0  # of the last steps that computed prompts; 0 = there was none yet
 
 
 Event = (

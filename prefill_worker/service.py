@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.protocol import Cancel, KvReady, PrefillDone, ReleaseSource, SetPolicy, Started, Submit, Work, WorkFailed
-from kv_transfer.keys import TOKEN_BYTES
 from kv_transfer.sender import HandoffOutcome
 from pdserve.errors import Cancelled, InvalidRequest, PdserveError, error_from_reason
 from pdserve.v1 import worker_pb2
@@ -62,7 +61,6 @@ class PrefillDispatch:
         self._work = work
         self._handoff = context.kv.send(work, message.grant, message.decode_address)
         self._compute_us = 0
-        self._cached_tokens = 0
         self._computed = False
         self._tokens_sequence = 0
 
@@ -73,7 +71,6 @@ class PrefillDispatch:
     def engine_event(self, event: DispatchEvent) -> None:
         match event:
             case Started():
-                self._cached_tokens = event.cached_tokens
                 self._handoff.source_blocks(event.blocks)
             case KvReady():
                 self._handoff.kv_ready(event.layer, event.first_block, event.block_count)
@@ -94,8 +91,6 @@ class PrefillDispatch:
     def _prefill_done(self, event: PrefillDone) -> None:
         self._computed = True
         self._compute_us = event.compute_us
-        computed_tokens = len(self._work.token_ids) // TOKEN_BYTES - self._cached_tokens
-        self._context.entrance.computed(computed_tokens, event.compute_us / 1e6)
         if event.going_on:
             self._handoff.finish(event.going_on)
         else:

@@ -59,6 +59,7 @@ class EventRouter:
                 self._reports.prompt_logprobs(event)
             case Load():
                 self._load.engine_load(event)
+                self._entrance.computes(event.prefill_token_us / 1e6)
             case KvStored():
                 self._hub.kv_stored(event.block_hashes)
             case KvEvicted():

@@ -126,7 +126,7 @@ class PageTiers:
         self.openings = PageOpenings(engine)
         self.cutter = StretchCutter(engine.ready)
         self.figures = LoadFigures()
-        self.compute = Speed(_UNMEASURED_COMPUTE_S)
+        self._compute_page_s = _UNMEASURED_COMPUTE_S
         self._store = store
         self._engine = engine
         self._config = config
@@ -147,7 +147,7 @@ class PageTiers:
         self.figures.offers_skipped += event.skipped
         if not event.pages:
             return
-        saving = self.compute.page_s if self.compute.samples else 0.0
+        saving = self._compute_page_s
         pages = [
             Page(
                 PageId(each.unit_keys[-HASH_BYTES:], each.fingerprint), each.parent, each.unit_keys, each.tenant, saving
@@ -189,9 +189,10 @@ class PageTiers:
     def opened(self, event: PagesOpened) -> None:
         self.openings.opened(event)
 
-    def computed(self, tokens: int, seconds: float) -> None:
-        """A prefill computed so many tokens: what a load competes with."""
-        self.compute.measured(tokens // self._page_tokens, seconds)
+    def computes(self, token_s: float) -> None:
+        """What a load competes with; 0 = not measured yet."""
+        if token_s > 0:
+            self._compute_page_s = token_s * self._page_tokens
 
     def close(self) -> None:
         self._reads.close()
@@ -229,7 +230,7 @@ class PageTiers:
         runs += [peer] if peer is not None else []
         if not runs:
             return
-        split = best_split(runs, len(ids) - held, self._speeds(), self.compute.page_s)
+        split = best_split(runs, len(ids) - held, self._speeds(), self._compute_page_s)
         if split.load_pages and (stretch.in_parts or held + split.load_pages == len(ids)):
             # A long load may take its time: it was chosen because computing takes longer.
             deadline_s = max(deadline_s, time.monotonic() + 2 * split.load_s)

@@ -15,8 +15,8 @@ class WorkEntrance(Protocol):
     def cancel_choices(self, dispatch: Dispatch, choices: tuple[int, ...]) -> None:
         """Cancels some choices of a submitted dispatch."""
 
-    def computed(self, tokens: int, seconds: float) -> None:
-        """A prefill computed so many tokens in this time."""
+    def computes(self, token_s: float) -> None:
+        """How long the engine takes for a token of a prompt."""
 
     def offered(self, event: KvOffered) -> None: ...
 
@@ -35,7 +35,7 @@ class DirectEntrance:
     def cancel_choices(self, dispatch: Dispatch, choices: tuple[int, ...]) -> None:
         self._engine.send(Cancel(dispatch, choices))
 
-    def computed(self, tokens: int, seconds: float) -> None:
+    def computes(self, token_s: float) -> None:
         pass  # nothing is decided by it
 
     def offered(self, event: KvOffered) -> None:
