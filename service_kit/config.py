@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TransportName = Literal["auto", "ucx", "tcp", "inproc"]
+TransportName = Literal["auto", "ucx", "nixl", "tcp", "inproc"]
 RoleName = Literal["prefill", "decode"]
 
 
@@ -80,7 +80,7 @@ class EngineConfig(Section):
 
 
 class TransferConfig(Section):
-    transport: TransportName = Field(default="auto", description="auto = ucx where ucxx imports, else tcp.")
+    transport: TransportName = Field(default="auto", description="auto = ucx where ucxx imports, else tcp; never nixl.")
     profile: Literal["host", "tcp", "rdma"] = Field(
         default="host", description="UCX settings: same host, TCP between hosts, or left to UCX (RDMA)."
     )

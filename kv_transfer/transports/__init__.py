@@ -8,12 +8,16 @@ from service_kit.config import TransferConfig
 
 
 def open_transport(name: str, config: TransferConfig, host: str) -> Transport:
-    """The transport `name` ("ucx", "tcp", "inproc"; "auto" is resolved) for peers that reach this process at `host`."""
+    """The transport `name` ("ucx", "nixl", "tcp", "inproc"; "auto" is resolved) for peers that reach this process at `host`."""
     match resolve(name, config.profile):
         case "ucx":
             from kv_transfer.transports.ucx import UcxTransport
 
             return UcxTransport(host, config.profile, hello_s=config.connect_s)
+        case "nixl":
+            from kv_transfer.transports.nixl import NixlTransport
+
+            return NixlTransport(host, config.profile, hello_s=config.connect_s)
         case "tcp":
             from kv_transfer.transports.tcp import TcpTransport
 
@@ -23,7 +27,9 @@ def open_transport(name: str, config: TransferConfig, host: str) -> Transport:
 
             return InprocTransport()
         case unknown:
-            raise ConfigInvalid(f"transfer.transport: unknown transport {unknown!r}; known are auto, ucx, tcp, inproc.")
+            raise ConfigInvalid(
+                f"transfer.transport: unknown transport {unknown!r}; known are auto, ucx, nixl, tcp, inproc."
+            )
 
 
 def resolve(name: str, profile: str = "host") -> str:

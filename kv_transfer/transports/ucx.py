@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from kv_transfer.transport import Connection
 from kv_transfer.transports.doorway import Doorway, knock, read_exactly
 from kv_transfer.transports.frames import HELLO_BYTES
+from kv_transfer.transports.pump import Pump
 from kv_transfer.transports.ucx_connection import UcxConnection
-from kv_transfer.transports.ucx_lane import Lane, Pump
+from kv_transfer.transports.ucx_lane import Lane
 from kv_transfer.transports.ucx_library import Endpoint, load_library
 from pdserve.errors import TransferFailed
 

@@ -1,6 +1,6 @@
 """Owns what is used of `ucxx`: one context per peer, endpoints, arrivals. The only file that imports it.
 
-Requests are driven by our own progress (`ucx_lane.Pump`): ucxx's tasks burn a core as soon as one endpoint was connected.
+Requests are driven by our own progress (`pump.Pump`): ucxx's tasks burn a core as soon as one endpoint was connected.
 """
 
 from __future__ import annotations

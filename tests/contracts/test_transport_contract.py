@@ -1,10 +1,14 @@
-"""The contract of Transport and Connection, over ucx, tcp and inproc."""
+"""The contract of Transport and Connection, over ucx, tcp and inproc; `make test-nixl` runs it over nixl, which is optional and large.
+
+PDSERVE_TEST_TRANSPORTS names others than those three. What it names is never skipped: without its library the tests fail.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
+import os
 import random
 import secrets
 import socket
@@ -23,6 +27,7 @@ from service_kit.config import TransferConfig
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CONFIG = TransferConfig(connect_s=2.0)
+TRANSPORTS = os.environ.get("PDSERVE_TEST_TRANSPORTS", "ucx,tcp,inproc").split(",")
 _tags = itertools.count(secrets.randbits(62))
 
 
@@ -54,7 +59,7 @@ class Pair:
             return here, await self._accepted[hello]
 
 
-@pytest_asyncio.fixture(loop_scope="module", params=["ucx", "tcp", "inproc"])
+@pytest_asyncio.fixture(loop_scope="module", params=TRANSPORTS)
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     name = str(request.param)
     made = Pair(open_named(name), open_named(name))

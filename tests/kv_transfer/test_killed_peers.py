@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[2]
 KEY = DispatchKey(1, 1)
 TOKENS = GEOMETRY.blocks * 16
 SETTINGS = TransferConfig.model_validate(CONFIG)
+TRANSPORTS = os.environ.get("PDSERVE_TEST_TRANSPORTS", "ucx,tcp").split(",")  # as in tests/contracts
 
 
-@pytest_asyncio.fixture(loop_scope="module", params=["ucx", "tcp"])
+@pytest_asyncio.fixture(loop_scope="module", params=TRANSPORTS)
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     name = str(request.param)
     sending, receiving = (open_transport(name, SETTINGS, "127.0.0.1") for _ in range(2))
