@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 from dataclasses import dataclass, field
+from typing import cast
 
 from kv_transfer.transport import Buffer
 from kv_transfer.transports.nixl_frames import Frame, FrameReader, Said, pack
@@ -149,8 +150,7 @@ class NixlConnection(asyncio.Protocol):
     # ---- what the peer says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._wire = transport
+        self._wire = cast(asyncio.WriteTransport, transport)  # uvloop's is none of asyncio's classes
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._shut(f"the peer is gone: {exc or 'it closed'}")

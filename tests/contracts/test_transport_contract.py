@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+import uvloop
 
 from kv_transfer.transport import Connection, Transport
 from kv_transfer.transports import open_transport, resolve
@@ -289,6 +290,23 @@ async def test_a_peer_that_speaks_something_else_disturbs_nobody(pair: Pair, jun
     sending = asyncio.create_task(send_all(here, {tag: b"fine" * 100}))
     assert await recv_one(there, tag, 400) == b"fine" * 100
     await sending
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+async def test_the_loop_that_the_workers_run_on_carries_messages_too(name: str) -> None:
+    async def carry() -> bytes:
+        pair = Pair(open_named(name), open_named(name))
+        await pair.open()
+        here, there = await pair.connect()
+        tag = next(_tags)
+        sending = asyncio.create_task(send_all(here, {tag: b"carried" * 10_000}))
+        received = await recv_one(there, tag, 70_000)
+        await sending
+        await pair.connecting.close()
+        await pair.listening.close()
+        return received
+
+    assert await asyncio.to_thread(uvloop.run, carry()) == b"carried" * 10_000
 
 
 class TestTcpFrames:
