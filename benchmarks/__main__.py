@@ -12,7 +12,7 @@ import sys
 import time
 
 BENCHMARKS = ("engine", "shared_prefix", "mixed_load", "transfer", "handoff", "controller", "disk_tier", "tiers")
-WITH_PEERS = ("peers", "transfer")  # compare with software that is not ours; "peers" runs only when asked for
+WITH_PEERS = ("peers", "transfer_peers")  # compare with software that is not ours; they run only when asked for
 NEEDS = {"cache_replay": "PDSERVE_TRACES"}  # environment variables that name data; left out where they are not set
 KNOWN = tuple(dict.fromkeys((*BENCHMARKS, *WITH_PEERS, *NEEDS)))
 LIMIT_S = {"quick": 240.0, "full": 1200.0}

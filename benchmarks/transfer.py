@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import msgspec
 import uvloop
@@ -26,6 +27,7 @@ from kv_transfer.transports import open_transport
 from service_kit.config import TransferConfig
 
 TRANSPORTS = ("ucx", "tcp")
+Profile = Literal["host", "tcp"]
 HOST = "127.0.0.1"
 MESSAGES = 64
 MESSAGE_BYTES = 4 * 2**20
@@ -57,6 +59,11 @@ class Sink:
         self._connection = connection
         self._tags: Iterator[int] = iter(range(secrets.randbits(60), 2**62, 10_000))
 
+    @property
+    def pid(self) -> int:
+        """Of the receiving process."""
+        return self._process.pid
+
     async def push(self, data: memoryview, messages: int, size_bytes: int) -> float:
         """Sends `messages` messages of `data`; the seconds that the receiver measured."""
         first_tag = next(self._tags)
@@ -75,12 +82,12 @@ class Sink:
 
 
 @asynccontextmanager
-async def open_sink(name: str) -> AsyncIterator[Sink]:
+async def open_sink(name: str, profile: Profile = "host") -> AsyncIterator[Sink]:
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.transfer_sink", name, stdin=pipe, stdout=pipe
+        sys.executable, "-m", "benchmarks.transfer_sink", name, profile, stdin=pipe, stdout=pipe
     )
-    transport = open_transport(name, TransferConfig(), HOST)
+    transport = open_transport(name, TransferConfig(profile=profile), HOST)
     try:
         connection = await transport.connect(await line_of(process), secrets.token_bytes(16), 10.0)
         yield Sink(process, connection)

@@ -1,7 +1,7 @@
 """Owns the receiving process of the transfer benchmark: one transport, no hand-off protocol, no checksums.
 
-Argument: the transport's name. Says its address on stdout; each line on stdin is "first_tag messages size_bytes in_flight": receives
-that many messages, several at once, and answers with the seconds from the first posted receive to the last byte.
+Arguments: the transport's name and profile. Says its address on stdout; each line on stdin is "first_tag messages size_bytes
+in_flight": receives that many messages, several at once, and answers with the seconds from the first posted receive to the last byte.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ async def receive(connection: Connection, arena: Arena, first_tag: int, messages
     return time.perf_counter() - start_s
 
 
-async def main(name: str) -> None:
-    transport = open_transport(name, TransferConfig(), HOST)
+async def main(name: str, profile: str) -> None:
+    transport = open_transport(name, TransferConfig.model_validate({"profile": profile}), HOST)
     accepted: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
 
     async def on_connection(connection: Connection, hello: bytes) -> None:
@@ -57,4 +57,4 @@ async def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1]))
+    uvloop.run(main(*sys.argv[1:]))
