@@ -27,5 +27,5 @@ async def test_both_parts_measure_every_size_over_a_real_destination() -> None:
         moved = await bytes_part(source, link.arena, setup, rounds=1)
     await link.close()
     assert [item.name for item in moved] == ["tcp: 512 tokens (1 MB)", "tcp: 2048 tokens (4 MB)"]
-    assert len(overlap) == 6
+    assert len(overlap) == 4 * 4  # prompts, figures of each
     assert all(item.figure.median > 0 and item.peer is not None for item in (*overlap, *moved))
