@@ -45,11 +45,14 @@ class Offers:
             self._waiting.append(page)
 
     def next_waiting(self) -> OfferedPage | None:
-        """The page whose turn it is, if there is room for one."""
-        return self._waiting.popleft() if self._waiting and len(self._held) < self.limit else None
+        """The page whose turn it is, if there is room for one. A page that was evicted and came back to its block waits twice."""
+        while self._waiting and len(self._held) < self.limit:
+            page = self._waiting.popleft()
+            if page.block not in self._held:
+                return page
+        return None
 
     def begin(self, page: OfferedPage) -> None:
-        assert page.block not in self._held  # a block on offer is not evicted, and so enters the index once
         self._held.add(page.block)
         self._fresh.append(page)
 
@@ -134,8 +137,7 @@ class BlockTables:
             page, block = pages[ordinal], table.blocks[ordinal]
             if self._index.store(block, page):
                 self._tell(KvStored(page.unit_keys))
-                parent = pages[ordinal - 1].key if ordinal else b""
-                self.offers.wait(OfferedPage(block, page.unit_keys, page.fingerprint, parent, table.chain.tenant))
+                self.offers.wait(OfferedPage(block, page.unit_keys, page.fingerprint, page.parent, table.chain.tenant))
         self._offer_waiting()
         table.stored = full
 
@@ -146,7 +148,9 @@ class BlockTables:
 
     def saved(self, blocks: Iterable[int]) -> None:
         """Offered blocks that are not read any more. Unknown ones change nothing."""
-        self._release([block for block in blocks if self.offers.end(block)])
+        ended = [block for block in blocks if self.offers.end(block)]
+        self._release(ended)
+        self._touch_what_lies_before(ended)
         self._offer_waiting()
 
     def take_news(self) -> list[KvStored | KvEvicted]:
@@ -162,6 +166,15 @@ class BlockTables:
         for block in evicted:
             self._tell(KvEvicted(self._index.forget(block)))
         return blocks
+
+    def _touch_what_lies_before(self, blocks: Sequence[int]) -> None:
+        """Blocks that were cached just now came later than the beginning of their chains, which must not be evicted before them."""
+        fresh = set(blocks)
+        for block in blocks:
+            before = self._index.before(block)
+            while before is not None and before not in fresh:
+                self.pool.touch(before)
+                before = self._index.before(before)
 
     def _offer_waiting(self) -> None:
         """Puts pages on offer as far as the limit goes; those that were evicted meanwhile are skipped."""

@@ -80,6 +80,11 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def touch(self, block: int) -> None:
+        """A cached block is the last to be evicted now."""
+        if block in self._cached:
+            self._cached.move_to_end(block)
+
     def drop_cached(self) -> list[int]:
         """Frees every cached block and returns them; they must leave the index."""
         dropped = list(self._cached)

@@ -17,10 +17,12 @@ from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_ha
 
 @dataclass(frozen=True, slots=True)
 class PageKey:
-    """Names one full page. unit_keys: chained keys of its hash units, the last one is the page's key."""
+    """Names one full page. unit_keys: chained keys of its hash units, the last one is the page's key. parent: key of the page
+    before it; empty at the start of a chain."""
 
     unit_keys: bytes
     fingerprint: int
+    parent: bytes = b""
 
     @property
     def key(self) -> bytes:
@@ -57,16 +59,14 @@ class KeyChain:
 
     def _next(self, page: bytes) -> PageKey:
         units = self._page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
-        ordinal = len(self._pages)
+        ordinal, parent = len(self._pages), self._pages[-1].key if self._pages else b""
         unit_keys = self._given[ordinal * units : (ordinal + 1) * units]
         if len(unit_keys) < units:
-            parent = self._pages[-1].key if self._pages else b""
             # Units that came with the work are never hashed again: a page may begin with some of them.
             done = len(unit_keys) // HASH_BYTES
-            parent = unit_keys[-HASH_BYTES:] or parent
-            unit_keys += chain_hashes(parent, page[done * HASH_UNIT_TOKENS * TOKEN_BYTES :])
+            unit_keys += chain_hashes(unit_keys[-HASH_BYTES:] or parent, page[done * HASH_UNIT_TOKENS * TOKEN_BYTES :])
         seed = self._pages[-1].fingerprint if self._pages else self._seed
-        return PageKey(unit_keys, xxhash.xxh3_64_intdigest(page, seed))
+        return PageKey(unit_keys, xxhash.xxh3_64_intdigest(page, seed), parent)
 
 
 class PrefixIndex:
@@ -86,6 +86,12 @@ class PrefixIndex:
         """Whether `block` still is the page of these keys."""
         page = self._pages.get(block)
         return page is not None and page.unit_keys == unit_keys
+
+    def before(self, block: int) -> int | None:
+        """The block of the page before that of `block`, if both are indexed."""
+        page = self._pages.get(block)
+        found = self._blocks.get(page.parent) if page is not None and page.parent else None
+        return found[0] if found is not None else None
 
     def store(self, block: int, page: PageKey) -> bool:
         """Enters a full page. False if the key or the block is in the index already."""

@@ -207,7 +207,7 @@ class PageTiers:
             return []
         cutter = self.cutter
         stretches = [cutter.chunk(work, chunk) for chunk in work.chunks] if work.blend else [cutter.prefix(work)]
-        return [stretch for stretch in stretches if stretch.ids and not self._holds(stretch.ids[-1].key)]
+        return [stretch for stretch in stretches if not all(self._holds(page.key) for page in stretch.ids)]
 
     async def _load_and_submit(self, command: Submit, stretches: Sequence[Stretch]) -> None:
         deadline_s = time.monotonic() + self._config.load_deadline_s

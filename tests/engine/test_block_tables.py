@@ -87,6 +87,45 @@ def test_the_oldest_cached_block_goes_first_and_the_end_of_a_chain_before_its_be
     assert kept.stored == 1
 
 
+def test_a_page_that_left_and_came_back_to_its_block_is_offered_once() -> None:
+    tables = BlockTables(BlockPool(3), 16)
+    tables.offers.limit = 1
+    tokens = array("i", range(32))
+    opened = [tables.open(tokens, chain(tokens), 32, 0)]
+    for _ in range(2):
+        assert opened[-1] is not None
+        tables.store(opened[-1], tokens, 32)
+        tables.close(opened[-1])
+        tables.clear_cached()  # the second page leaves; the first one is on offer
+        opened.append(tables.open(tokens, chain(tokens), 32, 0))
+    last = opened[-1]
+    assert last is not None
+    tables.store(last, tokens, 32)
+    tables.offers.limit = 3
+    tables.saved([last.blocks[0]])
+    assert tables.offers.blocks() == [last.blocks[1]]
+    tables.saved([last.blocks[1]])
+    assert tables.leaked([last]) == 0
+
+
+def test_pages_that_are_saved_after_their_table_was_closed_leave_before_the_beginning_of_their_chain() -> None:
+    tables = BlockTables(BlockPool(6), 16)
+    tables.offers.limit = 6
+    tokens = array("i", range(96))
+    table = tables.open(tokens, chain(tokens), 0, 0)
+    assert table is not None
+    blocks = list(table.blocks)
+    tables.store(table, tokens, 96)
+    tables.saved(blocks[:2])
+    tables.close(table)
+    tables.saved(blocks[2:4])
+    tables.saved(blocks[4:])
+    assert tables.open(array("i", range(5000, 5048)), chain(array("i", range(5000, 5048))), 0, 0) is not None
+    again = tables.open(tokens[:48], chain(tokens), 48, 0)
+    assert again is not None
+    assert again.stored == 3
+
+
 def test_a_shared_tail_is_copied_before_it_is_written_and_the_last_holder_writes_in_place() -> None:
     tables = BlockTables(BlockPool(8), 16)
     tokens = array("i", range(20))
