@@ -11,7 +11,19 @@ import subprocess
 import sys
 import time
 
-BENCHMARKS = ("engine", "shared_prefix", "mixed_load", "transfer", "handoff", "controller", "disk_tier", "tiers")
+BENCHMARKS = (
+    "engine",
+    "shared_prefix",
+    "mixed_load",
+    "transfer",
+    "handoff",
+    "controller",
+    "disk_tier",
+    "tiers",
+    "blend",
+    "blend_served",
+    "blend_accuracy",
+)
 WITH_PEERS = ("peers", "transfer_peers")  # compare with software that is not ours; they run only when asked for
 NEEDS = {"cache_replay": "PDSERVE_TRACES"}  # environment variables that name data; left out where they are not set
 KNOWN = tuple(dict.fromkeys((*BENCHMARKS, *WITH_PEERS, *NEEDS)))

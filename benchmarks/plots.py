@@ -17,6 +17,8 @@ from benchmarks.report import RESULTS, Result, read_result
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _REPLAY = re.compile(r"(.+): (\d+) blocks, (.+), (hits|compute saved)")
 _BELADY = "Belady (knows the future)"
+_RIGHT = re.compile(r"right, (.+), ratio ([\d.]+)")
+_SERVED = re.compile(r"TTFT of (\d+) tokens in chunks, KV from (.+)")
 _ATTENTION = re.compile(r"attention, prefix (\d+), batch (\d+)")
 
 
@@ -70,6 +72,42 @@ def cache_replay(shown: Result, target: Path) -> None:
     pyplot.close(figure)
 
 
+def blend(accuracy: Result, served: Result, target: Path) -> None:
+    """Left: right answers over the share computed anew, a line per recipe. Right: time to the first token over the prompt."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for item in accuracy.measurements:
+        if found := _RIGHT.fullmatch(item.name):
+            lines.setdefault(found[1], []).append((float(found[2]), item.figure.median))
+    whole = next(item.figure.median for item in accuracy.measurements if item.name == "right, whole prefill")
+    naive = next(item.figure.median for item in accuracy.measurements if item.name == "right, naive reuse")
+    for name, points in lines.items():
+        ratios, right_answers = zip(*sorted(points), strict=True)
+        left.plot(ratios, right_answers, marker="o", label=name)
+    left.axhline(whole, color="grey", linewidth=0.8, label="whole prefill")
+    left.axhline(naive, color="grey", linewidth=0.8, linestyle=":", label="naive reuse")
+    left.set_xlabel("share of the chunks' tokens computed anew")
+    left.set_ylabel("right answers, %")
+    left.set_title("Questions whose answer needs two chunks")
+    left.legend(fontsize="small")
+    times: dict[str, list[tuple[int, float]]] = {}
+    for item in served.measurements:
+        if (found := _SERVED.fullmatch(item.name)) and item.peer is not None:
+            times.setdefault(f"KV from {found[2]}", []).append((int(found[1]), item.figure.median))
+            times.setdefault(item.peer.name, []).append((int(found[1]), item.peer.figure.median))
+    for name, line in times.items():
+        tokens, seconds = zip(*sorted(set(line)), strict=True)
+        right.plot(tokens, seconds, marker="o", label=name)
+    right.set_xlabel(f"tokens of the prompt, in chunks of {served.settings['chunk_tokens']}")
+    right.set_ylabel("time to the first token, s")
+    right.set_ylim(bottom=0)
+    right.set_title(f"Through the whole stack, ratio {served.settings['ratio']}")
+    right.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def _lines(axes: Axes, lines: dict[str, list[tuple[int, float]]], limit: float) -> None:
     for name, points in sorted(lines.items(), key=lambda line: line[0] == _BELADY):  # a policy has one colour in both
         capacities, values = zip(*sorted(set(points)), strict=True)
@@ -86,6 +124,8 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "pdserve"  # the same file from the same numbers
     shared_prefix(read_result(RESULTS / "shared_prefix-full.json"), DOCS / "shared_prefix.svg")
     cache_replay(read_result(RESULTS / "cache_replay-full.json"), DOCS / "cache_replay.svg")
+    accuracy, served = (read_result(RESULTS / f"{name}-full.json") for name in ("blend_accuracy", "blend_served"))
+    blend(accuracy, served, DOCS / "blend.svg")
 
 
 if __name__ == "__main__":

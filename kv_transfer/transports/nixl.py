@@ -41,7 +41,9 @@ class NixlTransport:
             async with asyncio.timeout(deadline_s):
                 return await self._meet(await knock(address, hello))
         except (OSError, ValueError) as error:  # TimeoutError is an OSError
-            raise TransferFailed(f"Cannot connect to the KV endpoint nixl {address}: {error or 'timeout'}.") from error
+            raise TransferFailed(
+                f"Cannot connect to the KV endpoint nixl {address}: {str(error) or 'timeout'}."
+            ) from error
 
     async def _meet(self, sock: socket.socket) -> NixlConnection:
         try:
@@ -49,7 +51,7 @@ class NixlTransport:
             await connection.meet(sock)
         except self._library.errors as error:
             sock.close()
-            raise TransferFailed(f"The peer did not connect: {error or 'timeout'}.") from error
+            raise TransferFailed(f"The peer did not connect: {str(error) or 'timeout'}.") from error
         self._connections = {known for known in self._connections if not known.closed}
         self._connections.add(connection)
         return connection

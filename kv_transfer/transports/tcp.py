@@ -218,7 +218,9 @@ class TcpTransport:
             async with asyncio.timeout(deadline_s):
                 return self._own(await knock(address, hello))
         except (OSError, ValueError) as error:  # TimeoutError is an OSError
-            raise TransferFailed(f"Cannot connect to the KV endpoint tcp {address}: {error or 'timeout'}.") from error
+            raise TransferFailed(
+                f"Cannot connect to the KV endpoint tcp {address}: {str(error) or 'timeout'}."
+            ) from error
 
     def _own(self, sock: socket.socket) -> TcpConnection:
         self._connections = {connection for connection in self._connections if not connection.closed}

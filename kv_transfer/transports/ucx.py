@@ -56,7 +56,9 @@ class UcxTransport:
                         await endpoint.send(hello)
                         return self._own(endpoint, lane, sock)
         except self._library.errors as error:
-            raise TransferFailed(f"Cannot connect to the KV endpoint ucx {address}: {error or 'timeout'}.") from error
+            raise TransferFailed(
+                f"Cannot connect to the KV endpoint ucx {address}: {str(error) or 'timeout'}."
+            ) from error
 
     async def _let_in(self, sock: socket.socket, hello: bytes) -> UcxConnection:
         try:
@@ -66,7 +68,7 @@ class UcxTransport:
                     await _hear(endpoint, lane, hello)
                     return self._own(endpoint, lane, sock)
         except self._library.errors as error:
-            raise TransferFailed(f"The peer did not connect: {error or 'timeout'}.") from error
+            raise TransferFailed(f"The peer did not connect: {str(error) or 'timeout'}.") from error
 
     @contextlib.asynccontextmanager
     async def _lane(self, sock: socket.socket) -> AsyncIterator[Lane]:
