@@ -49,6 +49,7 @@ from worker_runtime.task_owner import TaskOwner
 from worker_runtime.tier_reads import TierReads, arena_pages
 
 LOAD_THREADS = 2
+WAIT_FOR_ROOM_S, LONGEST_WAIT_FOR_ROOM_S = 0.01, 0.25
 STUCK_GRACE_S = 0.25  # beyond the deadline of a load, for the read in progress
 
 log = get_logger(__name__)
@@ -248,11 +249,9 @@ class PageTiers:
         return {**self._store.speeds, **peer}
 
     async def _load(self, plan: _Plan, deadline_s: float) -> None:
-        opened = await self.openings.open(plan.stretch.to_load, deadline_s)
-        if opened is None or not opened.blocks:
+        opened = await self._open(plan, deadline_s)
+        if opened is None:
             self.figures.no_room += 1
-            if opened is not None:
-                self.openings.end(opened.load_id, 0)
             return
         started_s = time.monotonic()
         filling = asyncio.create_task(self._fill(plan, opened, deadline_s), name="kv-fill")
@@ -261,6 +260,19 @@ class PageTiers:
         await asyncio.wait([filling], timeout=max(0.0, deadline_s - started_s) + STUCK_GRACE_S)
         self.figures.load_s += time.monotonic() - started_s
         self.figures.late += not filling.done() or filling.result().late
+
+    async def _open(self, plan: _Plan, deadline_s: float) -> PagesOpened | None:
+        """Blocks for what is to be loaded. Waits a little for room, which the work itself needs as much: those of the request before
+        may be free in a moment."""
+        room_by_s = min(deadline_s, time.monotonic() + LONGEST_WAIT_FOR_ROOM_S)
+        while True:
+            opened = await self.openings.open(plan.stretch.to_load, deadline_s)
+            if opened is None or opened.blocks:
+                return opened
+            self.openings.end(opened.load_id, 0)
+            if opened.first_page or time.monotonic() >= room_by_s:  # first_page: all of it came in meanwhile
+                return None
+            await asyncio.sleep(WAIT_FOR_ROOM_S)
 
     async def _fill(self, plan: _Plan, opened: PagesOpened, deadline_s: float) -> LoadReport:
         """From our own tiers and from the peer side by side. Nobody writes to the opened blocks any more when it is done."""

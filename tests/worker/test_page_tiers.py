@@ -52,13 +52,15 @@ class LinkTwin:
         self.arena = Arena.anonymous(layout)
         self.commands: list[Command] = []
         self.answers = answers
+        self.full_for = 0  # so many loads find no room
         self.tiers: PageTiers | None = None
         self._news = asyncio.Event()
 
     def send(self, command: Command) -> None:
         self.commands.append(command)
         if isinstance(command, LoadPages) and self.answers and self.tiers is not None:
-            pages = len(command.token_ids) // 64
+            pages = len(command.token_ids) // 64 if not self.full_for else 0
+            self.full_for = max(0, self.full_for - 1)
             asyncio.get_running_loop().call_soon(
                 self.tiers.opened, PagesOpened(command.load_id, 0, tuple(range(pages)))
             )
@@ -116,6 +118,27 @@ async def test_pages_are_loaded_into_the_opened_blocks_before_the_work_is_submit
     assert PagesLoaded(1, PAGES) in link.commands
     assert bytes(link.arena.blocks(2, 3, 1)) == content(3)[2].tobytes()
     assert tiers.figures.loaded_tokens == {"disk": 16 * PAGES}
+    tiers.close()
+
+
+async def test_a_pool_that_is_full_for_a_moment_is_asked_again(link: LinkTwin) -> None:
+    tiers = opened_tiers(link, full_shelf())
+    link.full_for = 2
+    tiers.submit(Submit(work(), "prefill"))
+    await link.until(lambda: "Submit" in link.names())
+    assert link.names().count("LoadPages") == 3
+    assert tiers.figures.loaded_tokens == {"disk": 16 * PAGES}
+    assert tiers.figures.no_room == 0
+    tiers.close()
+
+
+async def test_without_room_the_work_goes_on_soon(link: LinkTwin) -> None:
+    tiers = opened_tiers(link, full_shelf())
+    link.full_for = 10**6
+    tiers.submit(Submit(work(), "prefill"))
+    await link.until(lambda: "Submit" in link.names())
+    assert link.names().count("LoadPages") == link.names().count("PagesLoaded")
+    assert tiers.figures.no_room == 1
     tiers.close()
 
 
