@@ -310,8 +310,8 @@ async def test_many_streams_survive_a_storm_of_deaths() -> None:
     async with cluster(grace_s=10) as twin:
         await twin.square()
         streams = [asyncio.create_task(twin.collect(asked(120, n=1 + seed % 3, seed=seed))) for seed in range(40)]
-        for round_ in range(4):
-            name = ("d0", "p0", "d1", "p1")[round_]
+        # One prefill worker alone: on a slow machine a prompt may be in prefill at two deaths, and is quarantined by right.
+        for name in ("d0", "p0", "d1", "d0"):
             steps = sum(worker.steps for worker in decodes(twin))
             await twin.until(lambda s=steps: sum(w.steps for w in decodes(twin)) > s + 10, "progress")  # type: ignore[misc]
             await twin.workers[name].kill()
