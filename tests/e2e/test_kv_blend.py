@@ -66,12 +66,13 @@ def test_the_same_tokens_twice_split_or_local(cluster: Cluster, method: str) -> 
 
 
 async def test_a_blended_stream_survives_the_death_of_its_decode_worker(cluster: Cluster) -> None:
-    undisturbed = await _stream(cluster, BODY)
-    exact = await _stream(cluster, {**BODY, "kv_blend": None})
+    body = {**BODY, "max_tokens": 600}  # long enough that the worker is found and killed while it decodes
+    undisturbed = await _stream(cluster, body)
+    exact = await _stream(cluster, {**body, "kv_blend": None})
     assert undisturbed.token_ids != exact.token_ids
     streamed, killed, tag = Streamed(), False, f"blend-kill-{time.monotonic_ns()}"
     async with httpx.AsyncClient(base_url=cluster.api_url, timeout=60, headers={"x-request-id": tag}) as client:
-        async for event in events(client, BODY):
+        async for event in events(client, body):
             fold(streamed, event)
             if not killed and sum(map(len, streamed.token_ids.values())) >= 20:
                 killed = True
