@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from kv_store.disk.disk_tier import DiskTier
@@ -25,7 +27,11 @@ def say(change: Change, pages: Sequence[Page]) -> None:
     sys.stdout.flush()
 
 
-def store_for_ever(folder: Path, seed: int) -> None:
+def store_for_ever(folder: Path, seed: int, said: Connection) -> None:
+    """Its standard output is the write end `said`: what it says is in the pipe when it is killed."""
+    os.dup2(said.fileno(), 1)
+    said.close()
+    sys.stdout = os.fdopen(1, "w")
     rng = random.Random(seed)
     tier = DiskTier(posix_mount(folder), SMALL, LIMITS, Lru(), say)
     contents = [bytes_of(number) for number in range(PAGES)]

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,26 +15,35 @@ from kv_store.disk.disk_tier import DiskTier
 from kv_store.disk.layout import layout_of
 from kv_store.disk.posix import posix_mount
 from kv_store.lru import Lru
+from tests.kv_store import disk_child
 from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of
-from tests.kv_store.disk_child import LIMITS, PAGES, store_for_ever
+from tests.kv_store.disk_child import LIMITS, PAGES
 
 KILLS = 100
+LONGEST_STORE_S = 60.0
 CONTENTS = [bytes_of(number) for number in range(PAGES)]
+
+
+# Never "fork" here: a test process has threads, whose locks stay taken in the copy, and pipes that would outlive it there.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([disk_child.__name__])
 
 
 def stored_until_killed(folder: Path, seed: int) -> set[str]:
     """Keys, in hex, that the child said are there when it was killed, after as many lines as `seed` says."""
     lines = random.Random(seed).randrange(1, 60)
-    reading, writing = os.pipe()
-    child = multiprocessing.get_context("fork").Process(target=_run, args=(folder, seed, reading, writing))
+    reading, writing = PROCESSES.Pipe(duplex=False)
+    child = PROCESSES.Process(target=disk_child.store_for_ever, args=(folder, seed, writing))
     child.start()
-    os.close(writing)
+    writing.close()
+    stuck = threading.Timer(LONGEST_STORE_S, child.kill)
+    stuck.start()
     there: set[str] = set()
-    with os.fdopen(reading) as told:
+    count = 0
+    with os.fdopen(os.dup(reading.fileno())) as told, reading:
         for count, line in enumerate(told):
             if count == lines:
-                assert child.pid is not None
-                os.kill(child.pid, signal.SIGKILL)
+                child.kill()
             change, _, key = line.rstrip("\n").partition(" ")
             if not line.endswith("\n"):
                 break  # its last words were cut off
@@ -42,16 +51,11 @@ def stored_until_killed(folder: Path, seed: int) -> set[str]:
                 there.add(key)
             elif change == "evicted":
                 there.discard(key)
-    child.join(30.0)
+    stuck.cancel()
+    child.join(LONGEST_STORE_S)
     assert child.exitcode == -signal.SIGKILL
+    assert count >= lines, "it said nothing for a minute"
     return there
-
-
-def _run(folder: Path, seed: int, reading: int, writing: int) -> None:
-    os.close(reading)
-    os.dup2(writing, 1)
-    sys.stdout = os.fdopen(1, "w")
-    store_for_ever(folder, seed)
 
 
 @pytest.mark.slow
