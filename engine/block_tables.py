@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from engine.page_protocol import OfferedPage
 from engine.pool import BlockPool, PoolExhausted
 from engine.prefix_index import KeyChain, PrefixIndex
-from engine.protocol import KvEvicted, KvStored, OfferedPage
+from engine.protocol import KvEvicted, KvStored
 
 
 @dataclass(slots=True, eq=False)

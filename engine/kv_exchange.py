@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from engine.block_tables import BlockTables, Table
 from engine.kv_memory import KvMemory
 from engine.page_loads import PageLoads
-from engine.protocol import EventSink, KvOffered, LoadPages, OfferPages, PagesLoaded, PagesSaved
+from engine.page_protocol import KvOffered, LoadPages, OfferPages, PagesLoaded, PagesSaved
+from engine.protocol import EventSink
 
 
 class KvExchange:

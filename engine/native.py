@@ -20,6 +20,7 @@ from engine.kernel_attention import KernelAttention
 from engine.kv_exchange import KvExchange
 from engine.kv_memory import KvMemory, copy_blocks
 from engine.loaded_model import LoadedModel, load_model
+from engine.page_protocol import LoadPages, OfferPages, PagesLoaded, PagesSaved
 from engine.paged_attention import PagedAttention
 from engine.pool import BlockPool
 from engine.pool_size import resident_bytes
@@ -32,10 +33,6 @@ from engine.protocol import (
     EventSink,
     KvReady,
     Load,
-    LoadPages,
-    OfferPages,
-    PagesLoaded,
-    PagesSaved,
     PromptLogprobs,
     ReleaseSource,
     ReserveBlocks,

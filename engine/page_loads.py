@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from engine.block_tables import BlockTables, Table
+from engine.page_protocol import LoadPages, PagesLoaded, PagesOpened
 from engine.prefix_index import KeyChain
-from engine.protocol import LoadPages, PagesLoaded, PagesOpened
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Owns the Engine protocol: the commands an engine takes, the events it gives. Torch-free.
 
-The io process and the simulator know engines only through this file. Three engines fit it: the native one (`engine.native`),
-the modelled one (`simulator.modelled_engine`) and, later, foreign ones such as vLLM behind its KV connector.
+The io process and the simulator know engines only through this file and its part for pages (`engine.page_protocol`). Three
+engines fit it: the native one (`engine.native`), the modelled one (`simulator.modelled_engine`) and, later, foreign ones such
+as vLLM behind its KV connector.
 
 Commands and events are msgspec structs, encoded as MessagePack arrays (see `COMMANDS` and `EVENTS` at the end). Token ids
 and block hashes travel as raw bytes: little-endian int32, and 32 bytes per hash unit of 16 tokens.
@@ -12,6 +13,8 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 import msgspec
+
+from engine.page_protocol import KvOffered, LoadPages, OfferPages, PagesLoaded, PagesOpened, PagesSaved
 
 
 class Dispatch(msgspec.Struct, frozen=True, array_like=True):
@@ -148,39 +151,6 @@ class SetPolicy(msgspec.Struct, frozen=True, tag="set_policy", array_like=True):
 
 class ClearPrefixCache(msgspec.Struct, frozen=True, tag="clear_prefix_cache", array_like=True):
     """Forget every block that no sequence holds."""
-
-
-class OfferPages(msgspec.Struct, frozen=True, tag="offer_pages", array_like=True):
-    """Offer full pages that enter the prefix index to be saved, at most `limit_blocks` at a time; 0, as before the first of these
-    commands: none."""
-
-    limit_blocks: int
-
-
-class PagesSaved(msgspec.Struct, frozen=True, tag="pages_saved", array_like=True):
-    """`blocks` of KvOffered are not read any more, whether they were saved or not."""
-
-    blocks: tuple[int, ...]
-
-
-class LoadPages(msgspec.Struct, frozen=True, tag="load_pages", array_like=True):
-    """Open blocks for the full pages of `token_ids` that the prefix index lacks. Answered at once by PagesOpened; they stay
-    reserved until PagesLoaded, and the pages that the index has keep their blocks. token_ids, block_hashes: as in Work.
-    "lend": the pages are for a peer, so the answer, which comes once the arena holds them, names the blocks of all of them."""
-
-    load_id: int
-    token_ids: bytes
-    block_hashes: bytes
-    tenant: bytes = b""
-    mode: Literal["load", "lend"] = "load"
-
-
-class PagesLoaded(msgspec.Struct, frozen=True, tag="pages_loaded", array_like=True):
-    """The first `count` opened blocks of `load_id` hold verified KV in every layer and enter the index; nobody writes to any
-    of them any more."""
-
-    load_id: int
-    count: int
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop", array_like=True):
@@ -329,36 +299,6 @@ class KvStored(msgspec.Struct, frozen=True, tag="kv_stored", array_like=True):
 
 class KvEvicted(msgspec.Struct, frozen=True, tag="kv_evicted", array_like=True):
     block_hashes: bytes
-
-
-class OfferedPage(msgspec.Struct, frozen=True, array_like=True):
-    """A full page that is final in the arena. unit_keys: of its hash units; parent: key of the page before it, or empty."""
-
-    block: int
-    unit_keys: bytes
-    fingerprint: int
-    parent: bytes
-    tenant: bytes = b""
-
-
-class KvOffered(msgspec.Struct, frozen=True, tag="kv_offered", array_like=True):
-    """These pages keep their bytes until PagesSaved. skipped: pages that were evicted since the last event before
-    their turn came: no more than OfferPages allows are on offer at a time."""
-
-    pages: tuple[OfferedPage, ...]
-    skipped: int
-
-
-class PagesOpened(msgspec.Struct, frozen=True, tag="pages_opened", array_like=True):
-    """Pages [0, first_page) are in the pool already; `blocks` wait for those after them. Empty: there is no room, or nothing to
-    load; PagesLoaded must follow all the same. generations: owner numbers of `blocks`, as in Reserved. held: where those in the
-    pool lie, if they are lent."""
-
-    load_id: int
-    first_page: int
-    blocks: tuple[int, ...]
-    generations: tuple[int, ...] = ()
-    held: tuple[int, ...] = ()
 
 
 class Load(msgspec.Struct, frozen=True, tag="load", array_like=True):

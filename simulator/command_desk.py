@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import assert_never
 
+from engine.page_protocol import LoadPages, OfferPages, PagesLoaded, PagesOpened, PagesSaved
 from engine.protocol import (
     Activate,
     Cancel,
@@ -17,11 +18,6 @@ from engine.protocol import (
     Dispatch,
     EventSink,
     Freed,
-    LoadPages,
-    OfferPages,
-    PagesLoaded,
-    PagesOpened,
-    PagesSaved,
     PrefillDone,
     ReleaseSource,
     ReserveBlocks,

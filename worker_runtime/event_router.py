@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from engine.page_protocol import KvOffered, PagesOpened
 from engine.protocol import (
     EngineReady,
     Event,
     Freed,
     KvEvicted,
-    KvOffered,
     KvReady,
     KvStored,
     Load,
-    PagesOpened,
     PrefillDone,
     PromptLogprobs,
     Reserved,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from engine.protocol import PagesOpened
+from engine.page_protocol import PagesOpened
 from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES
 from kv_transfer.layout import KvIdentity, check_identity, groups_from_proto, plan_transfer
 from pdserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, NoCapacity, PdserveError

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from engine.protocol import LoadPages, PagesLoaded, PagesOpened
+from engine.page_protocol import LoadPages, PagesLoaded, PagesOpened
 from pdserve.errors import WorkerLost
 from service_kit.logs import get_logger
 from worker_runtime.engine_link import EngineLink

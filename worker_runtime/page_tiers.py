@@ -20,18 +20,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from engine.protocol import (
-    Cancel,
-    Dispatch,
-    EngineReady,
-    KvOffered,
-    KvSource,
-    OfferPages,
-    PagesOpened,
-    PagesSaved,
-    Submit,
-    Work,
-)
+from engine.page_protocol import KvOffered, OfferPages, PagesOpened, PagesSaved
+from engine.protocol import Cancel, Dispatch, EngineReady, KvSource, Submit, Work
 from kv_store.page import Page, PageFormat, PageId
 from kv_store.split import Run, Speed, best_split
 from kv_store.tier import Change, TierListener

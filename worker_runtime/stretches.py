@@ -5,8 +5,9 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
+from engine.page_protocol import LoadPages
 from engine.prefix_index import KeyChain
-from engine.protocol import ChunkSpan, EngineReady, LoadPages, Work
+from engine.protocol import ChunkSpan, EngineReady, Work
 from kv_store.page import PageId
 from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, fingerprint_seed, padded_chunk
 

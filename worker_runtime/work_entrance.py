@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from engine.protocol import Cancel, Dispatch, KvOffered, PagesLoaded, PagesOpened, PagesSaved, Submit
+from engine.page_protocol import KvOffered, PagesLoaded, PagesOpened, PagesSaved
+from engine.protocol import Cancel, Dispatch, Submit
 from worker_runtime.engine_link import EngineLink
 
 

@@ -21,8 +21,9 @@ from engine.block_tables import BlockCopy
 from engine.cuda_export import Copy, Event, runs
 from engine.kv_memory import Arena, DeviceKvMemory, HostKvMemory, KvMemory, copy_blocks
 from engine.native import NativeEngine
+from engine.page_protocol import KvOffered, OfferPages
 from engine.protocol import Event as EngineEvent
-from engine.protocol import KvOffered, KvReady, Layout, OfferPages, PrefillDone, ReleaseSource, Started, Submit
+from engine.protocol import KvReady, Layout, PrefillDone, ReleaseSource, Started, Submit
 from service_kit.config import EngineConfig, ModelConfig
 from tests.engine.rig import MIB, PROMPT, Recorder, assert_all_free, finish, open_native, sampling, work
 

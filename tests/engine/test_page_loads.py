@@ -11,19 +11,9 @@ import torch
 from engine.block_tables import BlockTables
 from engine.kv_exchange import KvExchange
 from engine.native import NativeEngine
+from engine.page_protocol import KvOffered, LoadPages, OfferedPage, OfferPages, PagesLoaded, PagesOpened, PagesSaved
 from engine.pool import BlockPool
-from engine.protocol import (
-    ClearPrefixCache,
-    KvOffered,
-    LoadPages,
-    OfferedPage,
-    OfferPages,
-    PagesLoaded,
-    PagesOpened,
-    PagesSaved,
-    Started,
-    Submit,
-)
+from engine.protocol import ClearPrefixCache, Started, Submit
 from kv_transfer.keys import chain_hashes
 from tests.engine.rig import PROMPT, Recorder, assert_all_free, finish, open_native, sampling, work
 from tests.engine.test_kv_memory import LAYOUT, device

@@ -13,8 +13,9 @@ import numpy as np
 
 from engine.block_tables import BlockTables
 from engine.page_loads import PageLoads
+from engine.page_protocol import LoadPages, PagesLoaded
 from engine.pool import BlockPool
-from engine.protocol import Command, EngineReady, Event, KvSource, KvStored, Layout, LoadPages, PagesLoaded
+from engine.protocol import Command, EngineReady, Event, KvSource, KvStored, Layout
 from kv_store.page import Page, PageFormat
 from kv_store.tiered_store import TieredStore
 from kv_transfer.arena import Arena

@@ -9,24 +9,9 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from engine.page_protocol import KvOffered, LoadPages, OfferedPage, OfferPages, PagesLoaded, PagesOpened, PagesSaved
 from engine.prefix_index import KeyChain
-from engine.protocol import (
-    Cancel,
-    Command,
-    Dispatch,
-    EngineReady,
-    Event,
-    KvOffered,
-    Layout,
-    LoadPages,
-    OfferedPage,
-    OfferPages,
-    PagesLoaded,
-    PagesOpened,
-    PagesSaved,
-    Submit,
-    Work,
-)
+from engine.protocol import Cancel, Command, Dispatch, EngineReady, Event, Layout, Submit, Work
 from kv_store.page import Page, PageId
 from kv_store.tiered_store import TieredStore
 from kv_transfer.arena import Arena
