@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from kv_store.backoff import Backoff
 from kv_store.disk.device import Mount
 from kv_store.disk.layout import DiskLimits, layout_of
-from kv_store.disk.shelf import Pinned, Shelf
+from kv_store.disk.ledger import Ledger, Pinned
+from kv_store.disk.places import Places
+from kv_store.disk.shelf import Shelf
 from kv_store.disk.volume import Volume
 from kv_store.eviction import EvictionPolicy
 from kv_store.inspection import Finding, Occupancy, PageRow, entry_rows
@@ -49,7 +51,10 @@ class DiskTier:
         self._layout = layout_of(page_format, limits)
         self._clock = clock
         index = TierIndex(self._layout.records * self._layout.record_bytes, policy, limits.ttl_s, limits.tenant_bytes)
-        self._shelf = Shelf(self._layout, index, self.counters)
+        index.count_in(self.counters.verify_failures)
+        ledger = Ledger(self._layout, index, self.counters)
+        self._shelf = Shelf(ledger)
+        self._places = Places(ledger)
         self._news = News(self._shelf.take_news, listener)
         self._loads = Backoff()
         self._stores = Backoff()
@@ -172,7 +177,7 @@ class DiskTier:
                 raise TierFailed("The disk tier is closed.")
             if self._volume is None:
                 disk, digest, now_s = self._mount(), self._format.digest(), self._clock()
-                self._volume = Volume(disk, self._layout, digest, self._shelf, self.counters, now_s)
+                self._volume = Volume(disk, self._layout, digest, self._places, self.counters, now_s)
                 self._shelf.expire(now_s)
                 _log.info("disk_tier_open", pages=len(self._shelf.entries()), used_bytes=self._shelf.used_bytes())
             return self._volume

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from kv_store.disk.device import Disk
 from kv_store.disk.index_log import IndexLog, pack_lines
 from kv_store.disk.layout import Layout
+from kv_store.disk.ledger import Pinned
+from kv_store.disk.places import Places
 from kv_store.disk.recovery import recover
 from kv_store.disk.segment_log import SegmentLog
-from kv_store.disk.shelf import Pinned, Shelf
 from kv_store.disk.writer import Writer
 from kv_store.page import Page, PageBytes
 from kv_store.tier import TierCounters, VerifyFailure
@@ -21,19 +22,19 @@ _INDEX_NAME = "index"
 class Volume:
     """All methods raise OSError. Loads run beside each other and beside stores; stores wait for each other.
 
-    A new one reads the whole directory; `shelf`, empty so far, then holds what was found.
+    A new one reads the whole directory; `places`, none of them taken so far, then hold what was found.
     """
 
     def __init__(
-        self, disk: Disk, layout: Layout, format_digest: bytes, shelf: Shelf, counters: TierCounters, now_s: float
+        self, disk: Disk, layout: Layout, format_digest: bytes, places: Places, counters: TierCounters, now_s: float
     ) -> None:
         self._disk = disk
         self._layout = layout
-        self._shelf = shelf
+        self._places = places
         self._counters = counters
         self._log = SegmentLog(disk, layout, format_digest)
         self._index_log = IndexLog(disk, f"{self._log.folder}/{_INDEX_NAME}", layout.slots)
-        self._writer = Writer(disk, self._log, shelf, layout, counters)
+        self._writer = Writer(disk, self._log, places, layout, counters)
         self._closed = False
         self._stores = threading.Lock()
         self._index_log_lock = threading.Lock()
@@ -44,7 +45,7 @@ class Volume:
             raise
         self._log_is_true = found.log_is_exact and self._index_log.size_bytes > 0
         counters.verify_failures += found.failures
-        shelf.restore(found, now_s)
+        places.restore(found, now_s)
 
     @property
     def pages_moved(self) -> int:
@@ -124,11 +125,11 @@ class Volume:
         """Writes down what changed. An index log that may lack something is replaced by a new one."""
         if self._closed:
             return
-        packed = pack_lines(self._shelf.take_lines())
+        packed = pack_lines(self._places.take_lines())
         fits = self._index_log.size_bytes + len(packed) <= self._layout.log_bytes
         was_true, self._log_is_true = self._log_is_true, False
         if was_true and fits:
             self._index_log.append(packed)
         else:
-            self._index_log.rewrite(self._shelf.snapshot())
+            self._index_log.rewrite(self._places.snapshot())
         self._log_is_true = True

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from kv_store.disk.device import Disk
 from kv_store.disk.layout import Layout
+from kv_store.disk.ledger import Pinned
+from kv_store.disk.places import Move, Places
 from kv_store.disk.segment_log import SegmentLog
 from kv_store.disk.segment_table import Resident
-from kv_store.disk.shelf import Move, Pinned, Shelf
 from kv_store.page import Page, PageBytes
 from kv_store.tier import TierCounters
 
@@ -20,10 +21,10 @@ from kv_store.tier import TierCounters
 class Writer:
     """Its owner calls one method at a time. All raise OSError."""
 
-    def __init__(self, disk: Disk, log: SegmentLog, shelf: Shelf, layout: Layout, counters: TierCounters) -> None:
+    def __init__(self, disk: Disk, log: SegmentLog, places: Places, layout: Layout, counters: TierCounters) -> None:
         self._disk = disk
         self._log = log
-        self._shelf = shelf
+        self._places = places
         self._layout = layout
         self._counters = counters
         self.pages_moved = 0
@@ -34,50 +35,50 @@ class Writer:
         batch: list[Resident] = []
         try:
             for page, content in zip(pages, contents, strict=True):
-                place = self._place(now_s) if self._shelf.admit(page, now_s) else None
+                place = self._place(now_s) if self._places.admit(page, now_s) else None
                 if place is not None:
-                    resident = self._shelf.begin(page, place, now_s)
+                    resident = self._places.begin(page, place, now_s)
                     batch.append(resident)
                     self._log.write(place, page, content, now_s, resident.sequence)
             self._log.sync()
         except BaseException:
             self._log.discard()
-            self._shelf.abort(batch)
+            self._places.abort(batch)
             raise
-        self._shelf.commit(batch)
+        self._places.commit(batch)
         self._counters.bytes_in += len(batch) * self._layout.payload_bytes
 
     # ---- parts
 
     def _place(self, now_s: float) -> int | None:
-        place = self._shelf.take()
+        place = self._places.take()
         if place is not None:
             return place
-        vacant = self._shelf.vacant()
+        vacant = self._places.vacant()
         if not vacant:  # a crash in the middle of a compaction leaves it like this, and so do slow readers
             self._give_up_a_segment(now_s)
-            vacant = self._shelf.vacant()
+            vacant = self._places.vacant()
         if vacant:
             self._begin(vacant[0])
         if len(vacant) == 1:
             self._compact()
-        return self._shelf.take()
+        return self._places.take()
 
     def _give_up_a_segment(self, now_s: float) -> None:
-        number = self._shelf.cheapest()
+        number = self._places.cheapest()
         if number is not None:
-            self._shelf.give_up(number, now_s)
+            self._places.give_up(number, now_s)
 
     def _begin(self, number: int) -> None:
-        if not self._shelf.has_file(number):
+        if not self._places.has_file(number):
             self._make_room_beside_others()
-        sequence = self._shelf.next_sequence()
+        sequence = self._places.next_sequence()
         self._log.begin(number, sequence)
-        self._shelf.begun(number, sequence)
+        self._places.begun(number, sequence)
 
     def _compact(self) -> None:
-        number = self._shelf.cheapest()
-        pages = self._shelf.pages(number) if number is not None else []
+        number = self._places.cheapest()
+        pages = self._places.movable(number) if number is not None else []
         if len(pages) == self._layout.slots:
             return
         moves: list[Move] = []
@@ -86,27 +87,25 @@ class Writer:
                 self._copy(page, moves)
             self._log.sync()
         except BaseException:
-            self._shelf.not_moved(moves)
+            self._places.not_moved(moves)
             raise
-        self._shelf.moved(moves)
+        self._places.moved(moves)
         self.pages_moved += len(moves)
 
     def _copy(self, page: Pinned, moves: list[Move]) -> None:
         """A page that turns out bad is dropped, and its move will find it gone."""
-        target = self._shelf.take()
-        assert target is not None
-        move = Move(page.entry, page.place, target, self._shelf.next_sequence())
+        move = self._places.move(page)
         moves.append(move)
-        failure = self._log.copy(page.place, target, page.entry.page.id, move.sequence)
+        failure = self._log.copy(page.place, move.target, page.entry.page.id, move.sequence)
         if failure is not None:
             self._counters.verify_failures[failure] += 1
-            self._shelf.drop_bad(page)
+            self._places.drop_bad(page)
 
     def _make_room_beside_others(self) -> None:
         """Files of other formats lie in the same directory, from other models that ran here: they leave before it grows too big."""
         sizes = self._disk.sizes()
         others = sorted(name for name in sizes if not name.startswith(f"{self._log.folder}/"))
-        most_bytes = self._layout.total_bytes - (self._shelf.files() + 1) * self._layout.segment_bytes
+        most_bytes = self._layout.total_bytes - (self._places.files() + 1) * self._layout.segment_bytes
         taken = sum(sizes[name] for name in others)
         while others and taken > most_bytes - self._layout.logs_bytes:
             name = others.pop()
