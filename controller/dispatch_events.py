@@ -113,6 +113,7 @@ class DispatchEvents:
     def _broken(self, live: LiveRequest, error: Exception, now: float) -> None:
         log.exception("request_broken", error, request_id=live.request.request_id)
         live.fail(InternalError("The controller failed on this request; its log has the cause."), now)
+        live.wake()
 
     def _prompt_logprobs(self, message: worker_pb2.PromptLogprobs, touched: list[LiveRequest]) -> None:
         dispatch = self._table.find(message.dispatch.request_key, message.dispatch.attempt)

@@ -266,6 +266,8 @@ class Reader:
                 if ended:
                     self._open[choice] = False
                     self._left -= 1
-        if not items and live.error is not None:
-            raise live.error
+        if live.error is not None:
+            if not items:
+                raise live.error
+            self._changed.set()  # one wake for the tokens and the error behind them: there is more to take
         return items
