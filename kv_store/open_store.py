@@ -12,7 +12,8 @@ from kv_store.disk.posix import posix_mount
 from kv_store.host_tier import HostTier
 from kv_store.page import PageFormat
 from kv_store.policies import policy_of
-from kv_store.redis_tier import RedisSettings, RedisTier
+from kv_store.redis_link import RedisSettings
+from kv_store.redis_tier import RedisTier
 from kv_store.tier import PageTier, TierListener
 from kv_store.tier_index import TierIndex
 from kv_store.tiered_store import TieredStore

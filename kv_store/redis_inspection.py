@@ -30,16 +30,16 @@ class RedisInspection:
 
     def occupancy(self) -> Occupancy:
         """Of the whole Redis, whoever uses it."""
-        memory = self._tier.operate(lambda redis: cast("dict[str, int]", redis.info("memory")))
+        memory = self._tier.link.operate(lambda redis: cast("dict[str, int]", redis.info("memory")))
         return Occupancy(memory.get("maxmemory", 0), memory["used_memory"], None)
 
     def keys(self) -> list[bytes]:
-        return self._tier.operate(lambda redis: list(self._scan(redis)))
+        return self._tier.link.operate(lambda redis: list(self._scan(redis)))
 
     def rows(self, keys: Sequence[bytes], limit: int) -> list[PageRow]:
         """Redis knows no order: without keys, any pages."""
         found: list[PageRow] = []
-        wanted = keys or self._tier.operate(lambda redis: list(islice(self._scan(redis), limit)))
+        wanted = keys or self._tier.link.operate(lambda redis: list(islice(self._scan(redis), limit)))
         for start in range(0, len(wanted), _HEADERS_PER_CALL):
             found += self._rows(wanted[start : start + _HEADERS_PER_CALL])
             if len(found) >= limit:
@@ -52,7 +52,7 @@ class RedisInspection:
 
     def check(self, key: bytes) -> Finding:
         name = self._name(key)
-        value = self._tier.operate(lambda redis: cast("bytes | None", redis.get(name)))
+        value = self._tier.link.operate(lambda redis: cast("bytes | None", redis.get(name)))
         if value is None:
             return "absent"
         fields = header_fields(value)
@@ -87,7 +87,7 @@ class RedisInspection:
             return cast("list[bytes]", pipeline.execute(raise_on_error=False))
 
         now_s, rows = time.time(), []
-        for key, header in zip(keys, self._tier.operate(headers), strict=True):
+        for key, header in zip(keys, self._tier.link.operate(headers), strict=True):
             fields = header_fields(header) if isinstance(header, bytes) else None
             if fields is None or header_failure(header, PageId(key, fields.fingerprint), self._tier.format) is not None:
                 continue

@@ -128,9 +128,9 @@ def test_a_damaged_value_in_redis_is_found_and_dropped(tmp_path: Path) -> None:
         assert isinstance(tier, RedisTier)
         write(tier, [0, 1])
         name = tier.prefix + key_of(0).hex()
-        value = bytearray(tier.operate(lambda redis: redis.get(name)))  # type: ignore[arg-type]
+        value = bytearray(tier.link.operate(lambda redis: redis.get(name)))  # type: ignore[arg-type]
         value[-1] ^= 1
-        tier.operate(lambda redis: redis.set(name, bytes(value)))
+        tier.link.operate(lambda redis: redis.set(name, bytes(value)))
         view = RedisInspection(tier)
         assert [view.check(key_of(number)) for number in (0, 1, 0)] == ["bad", "good", "absent"]
         assert tier.counters.verify_failures == {"checksum": 1}
@@ -141,8 +141,8 @@ def test_foreign_names_and_values_in_redis_are_no_pages(tmp_path: Path) -> None:
         assert isinstance(tier, RedisTier)
         write(tier, [0])
         prefix = tier.prefix
-        tier.operate(lambda redis: redis.mset({f"{prefix}nothex": b"x", f"{prefix}{'ab' * 32}": b"short"}))
-        tier.operate(lambda redis: redis.lpush(f"{prefix}{'cd' * 32}", b"x"))
+        tier.link.operate(lambda redis: redis.mset({f"{prefix}nothex": b"x", f"{prefix}{'ab' * 32}": b"short"}))
+        tier.link.operate(lambda redis: redis.lpush(f"{prefix}{'cd' * 32}", b"x"))
         assert [row.id.key for row in RedisInspection(tier).rows((), 10)] == [key_of(0)]
 
 

@@ -16,7 +16,8 @@ import redis
 
 from kv_store.backoff import Backoff
 from kv_store.page import Page, PageBytes, PageFormat, PageId
-from kv_store.redis_tier import RedisSettings, RedisTier
+from kv_store.redis_link import RedisSettings
+from kv_store.redis_tier import RedisTier
 from kv_store.redis_value import HEADER_BYTES
 from kv_store.tier import TierFailed
 from pdserve.errors import ConfigInvalid
@@ -420,9 +421,7 @@ def test_a_password_is_given_and_a_wrong_one_fails_without_being_told(
         tier = opened(f"redis://:{SECRET}-wrong@127.0.0.1:{server.port}/0")
         with pytest.raises(TierFailed) as failed:
             tier.present(ids(0))
-        told = (
-            f"{failed.value} {failed.value.__cause__!r} {tier!r} {RedisSettings(server.url, SECRET)!r} {tier.address}"
-        )
+        told = f"{failed.value} {failed.value.__cause__!r} {tier!r} {RedisSettings(server.url, SECRET)!r} {tier.link.address}"
         assert SECRET not in told + caplog.text
         assert str(server.port) in failed.value.message
 

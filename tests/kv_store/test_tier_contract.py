@@ -18,7 +18,8 @@ from kv_store.disk.posix import posix_mount
 from kv_store.host_tier import HostTier
 from kv_store.lru import Lru
 from kv_store.page import Page, PageBytes, PageId
-from kv_store.redis_tier import RedisSettings, RedisTier
+from kv_store.redis_link import RedisSettings
+from kv_store.redis_tier import RedisTier
 from kv_store.tier import Change, PageTier, TierListener
 from kv_store.tier_index import TierIndex
 from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kv_store.redis_tier import RedisSettings, RedisTier
+from kv_store.redis_link import RedisSettings
+from kv_store.redis_tier import RedisTier
 from kv_store.tier import PageTier
 from kv_transfer.keys import HASH_BYTES
 from pdserve.errors import InvalidRequest
