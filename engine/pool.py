@@ -98,6 +98,8 @@ class BlockPool:
         for table in tables:
             for block in table:
                 listed[block] += 1
-        wrong = sum(have != want for have, want in zip(self._references, listed, strict=True))
+        wrong = 0
+        if listed != self._references:  # one comparison is all that a sound pool costs
+            wrong = sum(have != want for have, want in zip(self._references, listed, strict=True))
         unheld = self._references.count(0)
         return wrong + abs(unheld - self.available)

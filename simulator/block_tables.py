@@ -1,74 +1,69 @@
-"""Owns block tables: which blocks hold the KV of a sequence, what was written there, and which keys they got."""
+"""Owns what a modelled engine writes to its tables (those of `engine.block_tables`): which tokens have their KV, and its bytes."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import xxhash
 
-from engine.protocol import EventSink, KvEvicted, KvStored, Work
-from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_hashes
-from simulator.block_pool import BlockPool, PoolExhausted
+from engine import block_tables
+from engine.pool import BlockPool
+from engine.prefix_index import KeyChain
+from engine.protocol import EventSink, Work
+from kv_transfer.keys import TOKEN_BYTES
 from simulator.kv_memory import KvMemory
 
 
 @dataclass(slots=True)
 class Table:
-    """Blocks of one sequence. `token_count` tokens have their KV; the last of them beyond a full block are in `tail`."""
+    """Blocks of one sequence, and the tokens (int32) whose KV is in them."""
 
-    blocks: list[int]
-    block_hashes: bytes  # keys that came with the work
-    token_count: int = 0
-    tail: bytearray = field(default_factory=bytearray)
-    last_key: bytes = b""  # of the last full block; empty = later blocks cannot be keyed
+    held: block_tables.Table
+    tokens: array[int]
     content: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)  # of all tokens so far
 
-    def copy(self, blocks: list[int]) -> Table:
-        return Table(
-            blocks, self.block_hashes, self.token_count, bytearray(self.tail), self.last_key, self.content.copy()
-        )
+    @property
+    def blocks(self) -> array[int]:
+        return self.held.blocks
+
+    @property
+    def token_count(self) -> int:
+        return len(self.tokens)
 
 
 class BlockTables:
-    """All tables of one engine over one pool; tells the sink what enters and leaves the prefix index."""
+    """All tables of one engine; tells the sink what enters and leaves the prefix index."""
 
-    def __init__(self, pool: BlockPool, page_tokens: int, memory: KvMemory | None, sink: EventSink) -> None:
+    def __init__(
+        self, pool: BlockPool, page_tokens: int, fingerprint_seed: int, memory: KvMemory | None, sink: EventSink
+    ) -> None:
         self.pool = pool
         self.page_tokens = page_tokens
+        self._tables = block_tables.BlockTables(pool, page_tokens)
+        self._seed = fingerprint_seed
         self._memory = memory
         self._sink = sink
 
     def blocks_for(self, token_count: int) -> int:
-        return -(-token_count // self.page_tokens)
+        return self._tables.pages_for(token_count)
 
-    def open(self, work: Work, reusable_tokens: int) -> Table:
+    def open(self, work: Work, reusable_tokens: int, spare: int) -> Table | None:
         """A table for the KV of work.token_ids; at most `reusable_tokens` come from the prefix index, as `token_count` says.
 
-        Raises PoolExhausted; nothing is taken then.
+        All or nothing: None if it would leave fewer than `spare` blocks available.
         """
-        keys = self._page_keys(work.block_hashes)[: reusable_tokens // self.page_tokens]
-        cached = self.pool.lookup(keys)
-        self.pool.share(cached)
-        try:
-            fresh = self.allocate(self.blocks_for(len(work.token_ids) // TOKEN_BYTES) - len(cached))
-        except PoolExhausted:
-            self.pool.release(cached)
-            raise
-        table = Table([*cached, *fresh], work.block_hashes)
-        if cached:
-            table.token_count = len(cached) * self.page_tokens
-            table.last_key = keys[len(cached) - 1]
-            table.content.update(memoryview(work.token_ids)[: table.token_count * TOKEN_BYTES])
+        tokens = array("i", work.token_ids)
+        chain = KeyChain(self.page_tokens, work.block_hashes, self._seed, work.tenant)
+        held = self._tables.open(tokens, chain, reusable_tokens, spare)
+        if held is None:
+            return None
+        self._tell()
+        del tokens[held.stored * self.page_tokens :]
+        table = Table(held, tokens)
+        table.content.update(tokens)
         return table
-
-    def allocate(self, count: int) -> list[int]:
-        """Blocks from the pool; what had to leave the index is told. Raises PoolExhausted."""
-        blocks = self.pool.allocate(count)
-        evicted = self.pool.take_evicted()
-        if evicted:
-            self._sink.emit(KvEvicted(b"".join(evicted)))
-        return blocks
 
     def write(self, table: Table, token_ids: bytes) -> None:
         """The KV of the next tokens now exists in the table's blocks."""
@@ -79,12 +74,10 @@ class BlockTables:
 
     def write_token(self, table: Table, token_id: bytes) -> None:
         """`write` of one decoded token; its bytes appear when its block is full, since only full blocks are ever shared."""
-        if len(table.tail) + TOKEN_BYTES == self.page_tokens * TOKEN_BYTES:
+        if (table.token_count + 1) % self.page_tokens:
+            self._append(table, token_id)
+        else:
             self.write(table, token_id)
-            return
-        table.tail += token_id
-        table.content.update(token_id)
-        table.token_count += 1
 
     def adopt(self, table: Table, token_ids: bytes) -> bool:
         """As `write`, for KV that a peer has written; False if the bytes are not those of the tokens."""
@@ -96,65 +89,38 @@ class BlockTables:
         return True
 
     def grow(self, table: Table) -> None:
-        """Makes room for one more token: a new block at a page border, a private copy of a shared last block. Raises PoolExhausted."""
-        ordinal = table.token_count // self.page_tokens
-        if ordinal == len(table.blocks):
-            table.blocks.extend(self.allocate(1))
-        elif self.pool.references(table.blocks[ordinal]) > 1:
-            private = self.allocate(1)
-            self.pool.release([table.blocks[ordinal]])
-            table.blocks[ordinal] = private[0]
+        """Makes room for one more token. Raises PoolExhausted."""
+        position = table.token_count
+        if not self._tables.has_room(table.held, position):
+            self._tables.make_room(table.held, position)  # a copied block gets its bytes when it is full
+            self._tell()
 
     def fork(self, table: Table) -> Table:
         """A second table over the same blocks, copy-on-write."""
-        self.pool.share(table.blocks)
-        return table.copy(list(table.blocks))
+        return Table(self._tables.fork(table.held), table.tokens[:], table.content.copy())
 
     def close(self, table: Table) -> None:
-        self.pool.release(table.blocks)
-        table.blocks.clear()
+        self._tables.close(table.held)
 
     def clear_cached(self) -> None:
-        self.pool.clear_cached()
-        evicted = self.pool.take_evicted()
-        if evicted:
-            self._sink.emit(KvEvicted(b"".join(evicted)))
+        self._tables.clear_cached()
+        self._tell()
 
     def leaked(self, tables: Iterable[Table]) -> int:
         """Blocks that somebody holds though no live table lists them."""
-        listed = [table.blocks for table in tables]
-        # Equal sums are the normal case and cheap; only a difference is worth the walk over all blocks.
-        if sum(map(len, listed)) == self.pool.held_references:
-            return 0
-        return self.pool.leaked(listed)
+        return self._tables.leaked(table.held for table in tables)
+
+    # ---- parts
 
     def _append(self, table: Table, token_ids: bytes) -> None:
-        stored: list[bytes] = []
-        page_bytes = self.page_tokens * TOKEN_BYTES
-        pending = bytes(table.tail) + token_ids
+        table.tokens.frombytes(token_ids)
         table.content.update(token_ids)
-        full, rest = divmod(len(pending), page_bytes)
-        ordinal = table.token_count // self.page_tokens
-        table.token_count += len(token_ids) // TOKEN_BYTES
-        table.tail = bytearray(pending[len(pending) - rest :])
-        for page in range(full):
-            keys = self._keys_of_page(table, ordinal + page, pending[page * page_bytes : (page + 1) * page_bytes])
-            table.last_key = keys[-HASH_BYTES:]
-            if keys and self.pool.store(table.blocks[ordinal + page], table.last_key):
-                stored.append(keys)
-        if stored:
-            self._sink.emit(KvStored(b"".join(stored)))
+        self._tables.store(table.held, table.tokens, table.token_count)
+        self._tell()
 
-    def _keys_of_page(self, table: Table, ordinal: int, token_ids: bytes) -> bytes:
-        length = self.page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
-        given = table.block_hashes[ordinal * length : (ordinal + 1) * length]
-        if len(given) == length:
-            return given
-        return chain_hashes(table.last_key, token_ids) if table.last_key else b""
-
-    def _page_keys(self, block_hashes: bytes) -> list[bytes]:
-        length = self.page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
-        return [block_hashes[end - HASH_BYTES : end] for end in range(length, len(block_hashes) + 1, length)]
+    def _tell(self) -> None:
+        for news in self._tables.take_news():
+            self._sink.emit(news)
 
     def _contents(self, table: Table, token_ids: bytes) -> Iterable[tuple[int, bytes]]:
         """(block, digest of all tokens up to the end of its content) of each block that `token_ids` reaches."""

@@ -32,7 +32,6 @@ from engine.protocol import (
 )
 from engine.refusals import Doorkeeper
 from pdserve.errors import NoCapacity, PdserveError
-from simulator.block_pool import PoolExhausted
 from simulator.block_tables import BlockTables
 from simulator.dispatch_state import DispatchState, Phase, Sequence
 from simulator.step_tokens import StepDraws, prompt_logprobs
@@ -236,14 +235,13 @@ class CommandDesk:
     def _open_reserved(self, state: DispatchState) -> PdserveError | None:
         """All blocks, with the head-room of running sequences left over, or none."""
         pool, headroom = self._tables.pool, self.policy.decode_headroom_blocks
-        try:
-            state.table = self._tables.open(state.work, state.token_count)
-        except PoolExhausted as error:
-            return NoCapacity(f"The KV pool is exhausted: {error}.")
-        if pool.available >= headroom:
+        state.table = self._tables.open(state.work, state.token_count, headroom)
+        if state.table is not None:
             return None
-        self._close_own_table(state)
-        return NoCapacity(f"Only {pool.available} KV blocks would be left of a head-room of {headroom}.")
+        needed = self._tables.blocks_for(state.token_count)
+        return NoCapacity(
+            f"{needed} KV blocks are needed; {pool.available} are free, {headroom} of them kept for growth."
+        )
 
     def _fork(self, state: DispatchState, choice: int, key: bytes, token_id: int) -> None:
         assert state.table is not None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from engine.pool import BlockPool, PoolExhausted
 from engine.protocol import (
     Command,
     EngineReady,
@@ -21,9 +22,8 @@ from engine.protocol import (
     Load,
     SetPolicy,
 )
-from kv_transfer.keys import identity_digest
+from kv_transfer.keys import fingerprint_seed, identity_digest
 from pdserve.errors import NoCapacity
-from simulator.block_pool import BlockPool, PoolExhausted
 from simulator.block_tables import BlockTables
 from simulator.command_desk import CommandDesk
 from simulator.cost_model import PRESETS, CostModel
@@ -79,9 +79,10 @@ class ModelledEngine:
         self._sink = sink
         self._pause = pause
         self._clock = clock
-        self._tables = BlockTables(
-            BlockPool(config.layout.blocks), config.layout.page_tokens, self.memory if config.kv_bytes else None, sink
-        )
+        layout, written = config.layout, self.memory if config.kv_bytes else None
+        self._identity = _identity(config)
+        seed = fingerprint_seed(self._identity)
+        self._tables = BlockTables(BlockPool(layout.blocks), layout.page_tokens, seed, written, sink)
         self._desk = CommandDesk(self._tables, config.vocabulary, config.max_context_tokens, config.policy, sink, clock)
         self._steps = 0
         self._step_ms = 0.0
@@ -94,19 +95,9 @@ class ModelledEngine:
 
     def ready(self) -> EngineReady:
         config = self.config
-        identity = identity_digest(
-            [
-                ("model", config.model),
-                ("weights", "modelled"),
-                ("kv_dtype", config.layout.dtype),
-                ("layers", str(config.layout.layers)),
-                ("kv_heads", str(config.layout.kv_heads)),
-                ("head_dim", str(config.layout.head_dim)),
-            ]
-        )
         return EngineReady(
             config.model,
-            identity,
+            self._identity,
             config.layout,
             config.max_context_tokens,
             config.vocabulary.eos_token_ids,
@@ -172,10 +163,9 @@ class ModelledEngine:
                 break
             work = state.work
             reusable = self.config.prefix_reuse and work.sampling.prompt_logprobs is None
-            try:
-                # The last token is always computed: its logits give the first token.
-                state.table = self._tables.open(work, state.token_count - 1 if reusable else 0)
-            except PoolExhausted:
+            # The last token is always computed: its logits give the first token.
+            state.table = self._tables.open(work, state.token_count - 1 if reusable else 0, spare=0)
+            if state.table is None:
                 break
             cached = state.table.token_count
             self._prefix_queries += state.token_count
@@ -240,3 +230,16 @@ class ModelledEngine:
         sequence.next_index += 1
         if not goes_on:
             self._desk.end_choice(state, sequence.choice)
+
+
+def _identity(config: ModelledConfig) -> bytes:
+    return identity_digest(
+        [
+            ("model", config.model),
+            ("weights", "modelled"),
+            ("kv_dtype", config.layout.dtype),
+            ("layers", str(config.layout.layers)),
+            ("kv_heads", str(config.layout.kv_heads)),
+            ("head_dim", str(config.layout.head_dim)),
+        ]
+    )

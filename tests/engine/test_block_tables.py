@@ -68,6 +68,13 @@ def test_a_pool_gives_all_or_nothing_and_raises_the_generation_at_each_reuse() -
     assert sorted(again) == [0, 1, 2]
 
 
+def test_blocks_taken_together_are_neighbours_where_the_pool_allows_it() -> None:
+    pool = BlockPool(8)
+    for blocks in [pool.allocate(4)[0], pool.allocate(4)[0]]:
+        pool.release(blocks, [True] * 4)
+    assert pool.allocate(4) == ([0, 1, 2, 3], [3, 2, 1, 0])
+
+
 def test_the_oldest_cached_block_goes_first_and_the_end_of_a_chain_before_its_beginning() -> None:
     tables = BlockTables(BlockPool(6), 16)
     first, second = array("i", range(48)), array("i", range(1000, 1048))

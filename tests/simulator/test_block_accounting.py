@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -25,7 +25,6 @@ from engine.protocol import (
     WorkFailed,
     WriterDone,
 )
-from simulator.block_pool import BlockPool, PoolExhausted
 from simulator.modelled_engine import ModelledConfig
 from simulator.token_draw import Vocabulary
 from tests.simulator.works import SAMPLING, Bench, layout, work
@@ -116,60 +115,3 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["take", "share", "release", "store"]), st.integers(0, 9)), max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_a_pool_gives_out_no_block_twice(operations: list[tuple[str, int]]) -> None:
-    pool = BlockPool(6)
-    held: list[int] = []
-    for name, number in operations:
-        match name:
-            case "take":
-                try:
-                    fresh = pool.allocate(number % 4)
-                except PoolExhausted:
-                    assert number % 4 > pool.available
-                    continue
-                assert not set(fresh) & set(held)
-                held += fresh
-            case "share" if held:
-                pool.share([held[number % len(held)]])
-                held.append(held[number % len(held)])
-            case "release" if held:
-                pool.release([held.pop(number % len(held))])
-            case "store" if held:
-                pool.store(held[number % len(held)], bytes([number]) * 32)
-        assert pool.available == 6 - len(set(held))
-        assert pool.held_references == len(held)
-        assert pool.leaked([held]) == 0
-
-
-def test_a_pool_evicts_the_least_recently_used_chain_from_its_end() -> None:
-    pool = BlockPool(3)
-    chain = pool.allocate(2)
-    for block, key in zip(chain, (b"a", b"b"), strict=True):
-        pool.store(block, key)
-    pool.release(chain)
-    pool.allocate(2)
-    assert pool.take_evicted() == [b"b"]
-    assert pool.lookup([b"a", b"b"]) == [chain[0]]
-
-
-def test_blocks_taken_together_are_neighbours_where_the_pool_allows_it() -> None:
-    pool = BlockPool(8)
-    for chain, keys in ((pool.allocate(4), b"abcd"), (pool.allocate(4), b"efgh")):
-        for block, key in zip(chain, keys, strict=True):
-            pool.store(block, bytes([key]))
-        pool.release(chain)
-    assert pool.allocate(4) == [0, 1, 2, 3]
-
-
-def test_a_block_gets_a_new_generation_with_every_owner() -> None:
-    pool = BlockPool(1)
-    generations = []
-    for _ in range(3):
-        blocks = pool.allocate(1)
-        generations.append(pool.generation(blocks[0]))
-        pool.release(blocks)
-    assert generations == [1, 2, 3]

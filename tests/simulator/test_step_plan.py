@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import block_tables
+from engine.prefix_index import KeyChain
 from engine.protocol import Dispatch, SetPolicy
 from simulator.block_tables import Table
 from simulator.cost_model import PRESETS, CostModel
@@ -16,12 +20,17 @@ from tests.simulator.works import work
 COST = CostModel(0.5, 0.01, 0.1, 0.02, 0.001)
 
 
+def table(token_count: int) -> Table:
+    """With KV, and without the blocks for it: a plan looks at the length only."""
+    return Table(block_tables.Table(array("i"), KeyChain(16, b"", 0)), array("i", range(token_count)))
+
+
 def prompt(tokens: int, key: int = 1) -> DispatchState:
-    return DispatchState(work([1] * tokens, key=key), "generate", "prefilling", {0}, 0.0, Table([], b""))
+    return DispatchState(work([1] * tokens, key=key), "generate", "prefilling", {0}, 0.0, table(0))
 
 
 def sequence(context: int) -> Sequence:
-    return Sequence(Dispatch(1, 1), 0, Table([], b"", context), b"", 5, 1)
+    return Sequence(Dispatch(1, 1), 0, table(context), b"", 5, 1)
 
 
 @given(
