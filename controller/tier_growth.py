@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from controller.kv_holdings import DEVICE_TIER
 from controller.worker_record import WorkerRecord
 from pdserve.v1 import worker_pb2
 from service_kit.metrics import LoadCount, TierCount, TierLevel, TierMetrics, tier_label
@@ -61,6 +62,9 @@ class TierGrowth:
                 self._add_levels(levels, report)
                 self._count_tier(seen, report)
             self._count_loads(seen, record.load.loads)
+            if record.load.key_collisions:
+                collided = _growth(seen, ("verify", DEVICE_TIER), record.load.key_collisions)
+                self._metrics.verify_failed(DEVICE_TIER, "fingerprint", collided)
         self._levels = levels
         for (name, tier), value in levels.items():
             self._metrics.level(name, tier, value)

@@ -27,7 +27,7 @@ from engine.prefix_index import KeyChain
 from engine.protocol import BlendSpec, ChunkSpan
 from engine.scattered_attention import open_scattered
 from engine.sequences import Sequence
-from kv_transfer.keys import padded_chunk
+from kv_transfer.keys import chunk_seed, padded_chunk
 
 # Above this share of a whole prefill a blend is not worth its approximation.
 MOST_COMPUTED = 0.8
@@ -58,7 +58,7 @@ class BlendJobs:
     def __init__(self, model: LoadedModel, memory: KvMemory, tables: BlockTables, fingerprint_seed: int) -> None:
         self._model = model
         self._tables = tables
-        self._seed = fingerprint_seed
+        self._seed = chunk_seed(fingerprint_seed)
         self._pool = PagedPool(memory.pool)
         self._attention = open_scattered(memory.pool, model.kernels, model.spec.windows)
         self._isolation = ChunkIsolation(model.decoder, model.kernels, memory.pool.dtype)

@@ -87,6 +87,11 @@ class BlockTables:
         self._news: list[KvStored | KvEvicted] = []
         self.offers = Offers()
 
+    @property
+    def key_collisions(self) -> int:
+        """Lookups that met another page under the key, since the start."""
+        return self._index.collisions
+
     def pages_for(self, token_count: int) -> int:
         return -(-token_count // self.page_tokens)
 
@@ -180,7 +185,7 @@ class BlockTables:
     def _offer_waiting(self) -> None:
         """Puts pages on offer as far as the limit goes; those that were evicted meanwhile are skipped."""
         while (page := self.offers.next_waiting()) is not None:
-            if self._index.holds(page.block, page.unit_keys):
+            if self._index.holds(page.block, page.unit_keys, page.fingerprint):
                 self.pool.share([page.block])
                 self.offers.begin(page)
             else:

@@ -179,6 +179,7 @@ class NativeEngine:
             preemptions=schedule.preemptions,
             resident_bytes=resident_bytes(),
             prefill_token_us=self._prefill_token_us,
+            key_collisions=self._tables.key_collisions,
         )
 
     def _audited(self) -> int:

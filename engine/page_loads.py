@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engine.block_tables import BlockTables, Table
 from engine.page_protocol import LoadPages, PagesLoaded, PagesOpened
 from engine.prefix_index import KeyChain
+from kv_transfer.keys import chunk_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class PageLoads:
         tokens = array("i", command.token_ids)
         pages = len(tokens) // self._tables.page_tokens
         del tokens[pages * self._tables.page_tokens :]
-        chain = KeyChain(self._tables.page_tokens, command.block_hashes, self._fingerprint_seed, command.tenant)
+        seed = self._fingerprint_seed if command.content == "prompt" else chunk_seed(self._fingerprint_seed)
+        chain = KeyChain(self._tables.page_tokens, command.block_hashes, seed, command.tenant)
         table = self._tables.open(tokens, chain, len(tokens), spare) if command.block_hashes and pages else None
         first_page = table.stored if table is not None else 0
         self._open[command.load_id] = _OpenLoad(tokens, table, first_page)

@@ -5,9 +5,11 @@ Commands and events of `engine.protocol`, which says how they travel.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
+
+Content: TypeAlias = Literal["prompt", "chunk"]
 
 # ---- commands, io -> engine
 
@@ -28,13 +30,15 @@ class PagesSaved(msgspec.Struct, frozen=True, tag="pages_saved", array_like=True
 class LoadPages(msgspec.Struct, frozen=True, tag="load_pages", array_like=True):
     """Open blocks for the full pages of `token_ids` that the prefix index lacks. Answered at once by PagesOpened; they stay
     reserved until PagesLoaded, and the pages that the index has keep their blocks. token_ids, block_hashes: as in Work.
-    "lend": the pages are for a peer, so the answer, which comes once the arena holds them, names the blocks of all of them."""
+    "lend": the pages are for a peer, so the answer, which comes once the arena holds them, names the blocks of all of them.
+    content: the beginning of a prompt, or a chunk, whose KV is another one although its tokens may be the same."""
 
     load_id: int
     token_ids: bytes
     block_hashes: bytes
     tenant: bytes = b""
     mode: Literal["load", "lend"] = "load"
+    content: Content = "prompt"
 
 
 class PagesLoaded(msgspec.Struct, frozen=True, tag="pages_loaded", array_like=True):

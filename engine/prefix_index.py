@@ -17,12 +17,13 @@ from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_ha
 
 @dataclass(frozen=True, slots=True)
 class PageKey:
-    """Names one full page. unit_keys: chained keys of its hash units, the last one is the page's key. parent: key of the page
-    before it; empty at the start of a chain."""
+    """Names one full page. unit_keys: chained keys of its hash units, the last one is the page's key. parent,
+    parent_fingerprint: of the page before it; empty at the start of a chain."""
 
     unit_keys: bytes
     fingerprint: int
     parent: bytes = b""
+    parent_fingerprint: int = 0
 
     @property
     def key(self) -> bytes:
@@ -66,13 +67,14 @@ class KeyChain:
             done = len(unit_keys) // HASH_BYTES
             unit_keys += chain_hashes(unit_keys[-HASH_BYTES:] or parent, page[done * HASH_UNIT_TOKENS * TOKEN_BYTES :])
         seed = self._pages[-1].fingerprint if self._pages else self._seed
-        return PageKey(unit_keys, xxhash.xxh3_64_intdigest(page, seed), parent)
+        return PageKey(unit_keys, xxhash.xxh3_64_intdigest(page, seed), parent, seed if parent else 0)
 
 
 class PrefixIndex:
-    """key -> block, one block per key and one key per block."""
+    """key -> block, one block per key and one key per block. collisions: lookups that met another page under the key."""
 
     def __init__(self) -> None:
+        self.collisions = 0
         self._blocks: dict[bytes, tuple[int, int]] = {}  # key -> (block, fingerprint)
         self._pages: dict[int, PageKey] = {}  # block -> key
 
@@ -82,16 +84,19 @@ class PrefixIndex:
     def __contains__(self, block: int) -> bool:
         return block in self._pages
 
-    def holds(self, block: int, unit_keys: bytes) -> bool:
-        """Whether `block` still is the page of these keys."""
+    def holds(self, block: int, unit_keys: bytes, fingerprint: int) -> bool:
+        """Whether `block` still is this page."""
         page = self._pages.get(block)
-        return page is not None and page.unit_keys == unit_keys
+        return page is not None and page.unit_keys == unit_keys and page.fingerprint == fingerprint
 
     def before(self, block: int) -> int | None:
         """The block of the page before that of `block`, if both are indexed."""
         page = self._pages.get(block)
-        found = self._blocks.get(page.parent) if page is not None and page.parent else None
-        return found[0] if found is not None else None
+        if page is None or not page.parent:
+            return None
+        before, fingerprint = self._blocks.get(page.parent, (-1, 0))
+        # Another page under the parent's key could lead round in a circle.
+        return before if before >= 0 and fingerprint == page.parent_fingerprint else None
 
     def store(self, block: int, page: PageKey) -> bool:
         """Enters a full page. False if the key or the block is in the index already."""
@@ -112,7 +117,10 @@ class PrefixIndex:
         blocks: list[int] = []
         for page in pages:
             block, fingerprint = self._blocks.get(page.key, (-1, 0))
-            if block < 0 or fingerprint != page.fingerprint:
+            if block < 0:
+                break
+            if fingerprint != page.fingerprint:
+                self.collisions += 1
                 break
             blocks.append(block)
         return blocks

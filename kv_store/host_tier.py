@@ -38,6 +38,7 @@ class HostTier:
                 "raise store.host_bytes."
             )
         self.counters = TierCounters()
+        index.count_in(self.counters.verify_failures)
         self._format = page_format
         self._index = index
         self._clock = clock

@@ -10,6 +10,7 @@ place, so its bytes count until the last reader is done.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Literal
 from kv_store.eviction import EvictionPolicy
 from kv_store.lru import Lru
 from kv_store.page import Page, PageId
+from kv_store.tier import VerifyFailure
 
 State = Literal["writing", "ready", "evicting"]
 
@@ -66,6 +68,7 @@ class TierIndex:
         self._entries: dict[bytes, Entry] = {}  # in order of arrival, so of expiry too
         self._children: dict[bytes, int] = {}  # parent key -> entries below it
         self._tenants: dict[bytes, int] = {}  # bytes
+        self._failures: Counter[VerifyFailure] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -75,6 +78,10 @@ class TierIndex:
 
     def get(self, key: bytes) -> Entry | None:
         return self._entries.get(key)
+
+    def count_in(self, failures: Counter[VerifyFailure]) -> None:
+        """Where looks that meet another page under the key are counted from now on."""
+        self._failures = failures
 
     def tenants(self) -> dict[bytes, int]:
         """Bytes per tenant."""
@@ -214,7 +221,10 @@ class TierIndex:
 
     def _readable(self, page_id: PageId, now_s: float) -> Entry | None:
         entry = self._entries.get(page_id.key)
-        if entry is None or entry.state != "ready" or entry.page.id.fingerprint != page_id.fingerprint:
+        if entry is None or entry.state != "ready":
+            return None
+        if entry.page.id.fingerprint != page_id.fingerprint:
+            self._failures["fingerprint"] += 1
             return None
         return entry if entry.expires_s > now_s or entry.held_until_s > now_s else None
 

@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 HASH_UNIT_TOKENS = 16
 HASH_BYTES = 32
 TOKEN_BYTES = 4  # int32, little-endian
 _UNIT_BYTES = HASH_UNIT_TOKENS * TOKEN_BYTES
+_CHUNK_SEED = 0x9E3779B97F4A7C15  # set off against that of prompts, any odd number would do
+
+
+class UnitHash(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
+
+    def digest(self) -> bytes:
+        """HASH_BYTES bytes."""
+
+
+# Of one unit, begun with its parent's key. Tests that make different pages collide put a shortened one here, in a process of their
+# own; no setting reaches it.
+unit_hash: Callable[[bytes], UnitHash] = hashlib.sha256
 
 
 def identity_digest(fields: Iterable[tuple[str, str]]) -> bytes:
@@ -48,10 +62,10 @@ def chain_hashes(parent: bytes, token_ids: bytes) -> bytes:
     start of a prompt, or the key of the unit before.
     """
     view = memoryview(token_ids)
-    sha256 = hashlib.sha256
+    begun = unit_hash
     keys: list[bytes] = []
     for start in range(0, len(view) - _UNIT_BYTES + 1, _UNIT_BYTES):
-        digest = sha256(parent)
+        digest = begun(parent)
         digest.update(view[start : start + _UNIT_BYTES])
         parent = digest.digest()
         keys.append(parent)
@@ -77,3 +91,9 @@ def fingerprint_seed(identity: bytes) -> int:
     """Key of the token fingerprints (xxh3_64) that are kept beside the chained keys. The same in every process that serves this
     identity, because pages outlive processes."""
     return int.from_bytes(identity[:8], "little")
+
+
+def chunk_seed(prompt_seed: int) -> int:
+    """Key of the fingerprints of chunks, beside `fingerprint_seed`: a chunk's KV is kept before rotation, so that pages of the same
+    tokens are not the same pages."""
+    return prompt_seed ^ _CHUNK_SEED

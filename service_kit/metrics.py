@@ -43,7 +43,7 @@ LoadCount = Literal[
 ]  # fmt: skip
 PeerFailure = Literal["pull", "loan"]
 
-_TIERS = ("host", "disk", "redis", "peer")
+_TIERS = ("device", "host", "disk", "redis", "peer")
 _TIER_VERIFY_KINDS = ("checksum", "header", "length", "identity", "fingerprint")
 
 Family: TypeAlias = Counter | Gauge | Histogram

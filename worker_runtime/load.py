@@ -58,6 +58,7 @@ class LoadBoard:
             verify_failures=receiver.verify_failures,
             expired_leases=receiver.expired_leases,
             resident_bytes=load.resident_bytes,
+            key_collisions=load.key_collisions,
         )
         self._add_tiers(report)
         return report

@@ -124,7 +124,7 @@ class PageLoans(kv_pull_pb2_grpc.KvPullServiceServicer):
         _check(len(request.tenant) <= MAX_TENANT_BYTES, "tenant", f"exceeds {MAX_TENANT_BYTES} bytes")
         pages = tokens // self._page_tokens
         _check(request.first_page < pages, "first_page", "must lie within token_ids")
-        stretch = self._cutter.cut(request.token_ids, request.block_hashes, request.tenant, pages, in_parts=True)
+        stretch = self._cutter.cut(request.token_ids, request.block_hashes, request.tenant, pages)
         deadline_s = time.monotonic() + min(request.deadline_ms / 1000, MAX_DEADLINE_S)
         return _Ask(request.worker_id, request.address, stretch, request.first_page, deadline_s)
 

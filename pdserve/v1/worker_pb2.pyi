@@ -1056,6 +1056,7 @@ class LoadReport(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
+    KEY_COLLISIONS_FIELD_NUMBER: _builtins.int
     engine_step: _builtins.int
     """a hung engine is seen"""
     blocks_total: _builtins.int
@@ -1077,6 +1078,8 @@ class LoadReport(_message.Message):
     verify_failures: _builtins.int
     expired_leases: _builtins.int
     resident_bytes: _builtins.int
+    key_collisions: _builtins.int
+    """lookups on the device that met another page under the key, since start"""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Role.ValueType]: ...
     @_builtins.property
@@ -1107,10 +1110,11 @@ class LoadReport(_message.Message):
         resident_bytes: _builtins.int = ...,
         tiers: _abc.Iterable[Global___TierReport] | None = ...,
         loads: Global___TierLoads | None = ...,
+        key_collisions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loads", b"loads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_leaked", b"blocks_leaked", "blocks_total", b"blocks_total", "draining", b"draining", "engine_step", b"engine_step", "expired_leases", b"expired_leases", "loads", b"loads", "preemptions", b"preemptions", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "roles", b"roles", "running", b"running", "step_ms", b"step_ms", "tiers", b"tiers", "verify_failures", b"verify_failures", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_leaked", b"blocks_leaked", "blocks_total", b"blocks_total", "draining", b"draining", "engine_step", b"engine_step", "expired_leases", b"expired_leases", "key_collisions", b"key_collisions", "loads", b"loads", "preemptions", b"preemptions", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "roles", b"roles", "running", b"running", "step_ms", b"step_ms", "tiers", b"tiers", "verify_failures", b"verify_failures", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

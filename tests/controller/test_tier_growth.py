@@ -93,3 +93,14 @@ def test_failed_pulls_and_loans_are_counted_by_reason() -> None:
     assert values(metrics, "kv_pull_failures_total") == {("timeout",): 3, ("other",): 1}
     assert values(metrics, "kv_loan_failures_total") == {("no_capacity",): 3}
     assert values(metrics, "kv_load_lent_tokens_total") == {(): 160}
+
+
+def test_collisions_of_keys_on_the_device_are_counted_beside_those_below_it() -> None:
+    metrics = Metrics("tiny")
+    growth = TierGrowth(metrics.tiers)
+    for collisions in (2, 5):
+        reported = record("p0", 1, tier("host", 0, fingerprint=1))
+        reported.load.key_collisions = collisions
+        growth.look([reported])
+    failed = {("device", "fingerprint"): 5, ("host", "fingerprint"): 1}
+    assert values(metrics, "kv_tier_verify_failures_total") == failed

@@ -106,7 +106,7 @@ class Peer:
     cutter: StretchCutter
 
     def stretch(self, pages: int = PAGES) -> Stretch:
-        return self.cutter.cut(TOKENS.tobytes(), chain_hashes(IDENTITY, TOKENS.tobytes()), b"", pages, in_parts=True)
+        return self.cutter.cut(TOKENS.tobytes(), chain_hashes(IDENTITY, TOKENS.tobytes()), b"", pages)
 
     async def compute(self, pages: int = PAGES) -> None:
         """As if the engine had computed the first pages."""

@@ -1,0 +1,60 @@
+"""Keys so short that different pages get the same one: every tier gives the page that is meant or none, and counts what it met."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from pathlib import Path
+
+import pytest
+
+from engine.prefix_index import KeyChain
+from kv_store.page import Page, PageBytes, PageId
+from kv_transfer.keys import chain_hashes, fingerprint_seed
+from tests.kv_store.chains import SMALL, bytes_of
+from tests.kv_store.test_tier_contract import INDEXED, OPENERS, open_bench
+from tests.kv_transfer.short_keys import shortened_keys
+
+BITS = 3  # as many keys as every tier has room for pages: nothing is evicted
+Prompt = tuple[int, ...]
+
+
+def pages_of(prompt: Prompt) -> list[Page]:
+    """Of one token over and over each."""
+    tokens = array("i", [number for number in prompt for _ in range(SMALL.page_tokens)])
+    keys = chain_hashes(SMALL.identity, tokens.tobytes())
+    chain = KeyChain(SMALL.page_tokens, keys, fingerprint_seed(SMALL.identity)).pages(tokens, len(prompt))
+    return [Page(PageId(page.key, page.fingerprint), page.parent, page.unit_keys) for page in chain]
+
+
+def contents_of(prompt: Prompt) -> list[PageBytes]:
+    return [bytes_of(hash(prompt[: end + 1])) for end in range(len(prompt))]
+
+
+@pytest.mark.parametrize("name", OPENERS)
+def test_a_tier_agrees_with_a_model_that_knows_every_token(name: str, tmp_path: Path) -> None:
+    """The model: whoever comes first has the key."""
+    rng = random.Random(5)
+    prompts = [tuple(rng.choices(range(4), k=rng.randint(1, 4))) for _ in range(60)]
+    with shortened_keys(BITS), open_bench(name, tmp_path) as bench:
+        tier, model = bench.tier, dict[bytes, PageId]()
+        for prompt in prompts:
+            pages = pages_of(prompt)
+            for page in pages:
+                model.setdefault(page.id.key, page.id)
+            kept = sum(model[page.id.key] == page.id for page in pages)
+            assert tier.write(pages, contents_of(prompt)) == kept
+            asked = rng.choice(prompts)
+            wanted = [page.id for page in pages_of(asked)]
+            there = next((at for at, page_id in enumerate(wanted) if model.get(page_id.key) != page_id), len(wanted))
+            assert tier.present(wanted) == there
+            into = [SMALL.empty() for _ in wanted]
+            assert tier.read(wanted, into) == there
+            assert all((got == right).all() for got, right in zip(into[:there], contents_of(asked), strict=False))
+        assert set(tier.counters.verify_failures) == {"fingerprint"}
+        assert tier.counters.stored == len(model) == 2**BITS
+        if name in INDEXED:
+            assert bench.known() == set(model)
+            assert tier.used_bytes() % len(model) == 0
+            assert tier.remove(list(model)) == len(model)
+            assert tier.used_bytes() == 0
