@@ -12,7 +12,6 @@ from engine.checkpoint import Checkpoint
 from engine.decoder import Decoder
 from engine.kernels.library import Kernels, load_kernels
 from engine.kv_memory import TORCH_DTYPES, KvMemory, open_kv_memory
-from engine.model_source import model_directory
 from engine.model_spec import ModelSpec
 from engine.operations import KernelOperations, TorchOperations
 from engine.pool_size import pool_bytes
@@ -21,6 +20,7 @@ from engine.weights import WeightReader
 from kv_transfer.keys import identity_digest
 from pdserve.errors import ConfigInvalid
 from service_kit.config import EngineConfig, ModelConfig
+from service_kit.hub_model import model_directory
 from service_kit.logs import get_logger
 
 _log = get_logger(__name__)

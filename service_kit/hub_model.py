@@ -1,4 +1,5 @@
-"""Owns fetching a checkpoint of the Hugging Face hub: `python -m service_kit.hub_model OWNER/NAME` prints its directory.
+"""Owns how a configured model becomes a directory: a local path, or a hub id, fetched by huggingface_hub where that is installed.
+`python -m service_kit.hub_model OWNER/NAME` prints the directory.
 
 Safetensors, configurations and tokenizer files only: no pickles, no code.
 """
@@ -9,6 +10,7 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, cast
 
 from pdserve.errors import ConfigInvalid
@@ -19,6 +21,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 class _Hub(Protocol):
     def snapshot_download(self, repo_id: str, *, allow_patterns: list[str]) -> str: ...
+
+
+def model_directory(path_or_id: str) -> Path:
+    """The local directory of `path_or_id`. Raises ConfigInvalid if it is neither a directory nor an available hub id."""
+    path = Path(path_or_id)
+    return path if path.is_dir() else Path(fetch(path_or_id))
 
 
 def fetch(hub_id: str) -> str:

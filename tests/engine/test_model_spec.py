@@ -13,7 +13,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from engine.checkpoint import Checkpoint
-from engine.model_source import model_directory
 from engine.model_spec import FAMILIES, ModelSpec
 from engine.operations import TorchOperations
 from engine.rotary import RotaryTable, frequencies
@@ -242,12 +241,6 @@ def test_a_directory_without_a_usable_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigInvalid, match="JSON object"):
         ModelSpec.load(tmp_path)
-
-
-@pytest.mark.parametrize("path", ["nowhere", "/no/such/dir", "../up", "a/b/c", "~/x"])
-def test_a_path_that_is_neither_a_directory_nor_a_hub_id_is_refused(path: str) -> None:
-    with pytest.raises(ConfigInvalid, match=r"model\.path"):
-        model_directory(path)
 
 
 # ---- checkpoints
