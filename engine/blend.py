@@ -97,15 +97,20 @@ class BlendRun:
         shape = (len(rows), decoder.spec.kv_heads, decoder.spec.head_dim)
         self._taken = (self._flow.hidden.new_empty(shape), self._flow.hidden.new_empty(shape))
 
+    @property
+    def reads_chunks(self) -> bool:
+        """Whether the next layer reads the chunks' KV. The first one does not where all tokens flow through it."""
+        whole = len(self._flow.rows) == len(self._positions)
+        return bool(self._prompt.chunks) and (not whole or self._selection.kept[self._layer] is not None)
+
     @torch.inference_mode()
     def advance(self, layer_written: Callable[[int], None] = lambda layer: None) -> None:
         """Computes the next layer."""
         decoder, layer, flow, heads = self._decoder, self._layer, self._flow, self._decoder.spec.heads
         query_key, value = self._project(flow.hidden)
-        whole, kept = len(flow.rows) == len(self._positions), self._selection.kept[layer]
-        chunks = self._load() if not whole or kept is not None else None
+        chunks = self._load() if self.reads_chunks else None
         chosen = self._chosen(query_key[:, heads:], value, chunks)
-        if chunks is not None and not whole:
+        if chunks is not None and len(flow.rows) < len(self._positions):
             self._place(*chunks)
         query_key = decoder.rotate(query_key, flow.rotary)
         flow.access.write(layer, query_key[:, heads:], value)  # over what came from the chunks
@@ -132,10 +137,8 @@ class BlendRun:
         stacked = in_tiles(lambda tile: torch.cat(self._decoder.project(layer, tile), 1), hidden)
         return stacked[:, : spec.heads + spec.kv_heads], stacked[:, spec.heads + spec.kv_heads :]
 
-    def _load(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Key before rotation and value of all chunk tokens in this layer, in the compute dtype; None without chunks."""
-        if not self._prompt.chunks:
-            return None
+    def _load(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key before rotation and value of all chunk tokens in this layer, in the compute dtype."""
         keys, values = self._taken
         for chunk, part in zip(self._prompt.chunks, self._parts, strict=True):
             keys[part], values[part] = chunk.source.layer(self._layer)

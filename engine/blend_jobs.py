@@ -1,33 +1,30 @@
 """Owns the blends in progress: a prompt's KV from its chunks, a piece of work per step, so that decodes go on beside it.
 
-    admit --> chunks that the index lacks are computed alone, one per step --> one layer per step --> the sequence goes on
+    admit --> chunks that are nowhere are computed alone, one per step --> one layer per step --> the sequence goes on
 
-A chunk's pages are pages of the pool like others, indexed by content, with keys before rotation: they are offered to the tiers
-and loaded from them the same way. The blended KV itself belongs to its sequence alone.
+Pages that are on their way from a tier are waited for where a layer reads them, not before: with CacheBlend the first layer is
+computed meanwhile, whole, and chunks that are nowhere are. A chunk's pages are pages of the pool like others, indexed by content,
+with keys before rotation: they are offered to the tiers and loaded from them the same way. The blended KV itself belongs to its
+sequence alone.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from engine.blend import BlendPrompt, BlendRun
+from engine.blend_chunks import BlendChunks, OpenChunk, tables_of
 from engine.blend_selection import Blend, Epic, Recipe, computed_share
-from engine.block_tables import BlockTables, Table
-from engine.chunk_kv import ChunkIsolation, PlacedChunk
+from engine.block_tables import Table
+from engine.chunk_kv import PlacedChunk
 from engine.kv_memory import KvMemory
 from engine.loaded_model import LoadedModel
-from engine.paged_attention import PagedPool
-from engine.prefix_index import KeyChain
-from engine.protocol import BlendSpec, ChunkSpan
+from engine.protocol import BlendSpec
 from engine.scattered_attention import open_scattered
 from engine.sequences import Sequence
-from kv_transfer.keys import chunk_seed, padded_chunk
 
 # Above this share of a whole prefill a blend is not worth its approximation.
 MOST_COMPUTED = 0.8
@@ -35,34 +32,26 @@ MOST_COMPUTED = 0.8
 LayerWritten = Callable[[Sequence, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenChunk:
-    """tokens: padded to whole pages; the first table.stored pages of them are there."""
-
-    span: ChunkSpan
-    tokens: array[int]
-    table: Table
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     sequence: Sequence
     recipe: Recipe
-    chunks: list[_OpenChunk]
-    missing: deque[_OpenChunk] = field(default_factory=deque)
+    chunks: list[OpenChunk]
     run: BlendRun | None = None
     layers_done: int = 0
 
+    @property
+    def waits(self) -> bool:
+        """Whether the next layer reads pages that are on their way."""
+        return self.run is not None and self.run.reads_chunks and any(chunk.coming for chunk in self.chunks)
+
 
 class BlendJobs:
-    def __init__(self, model: LoadedModel, memory: KvMemory, tables: BlockTables, fingerprint_seed: int) -> None:
+    def __init__(self, model: LoadedModel, memory: KvMemory, chunks: BlendChunks) -> None:
         self._model = model
-        self._tables = tables
-        self._seed = chunk_seed(fingerprint_seed)
-        self._pool = PagedPool(memory.pool)
+        self._chunks = chunks
         self._attention = open_scattered(memory.pool, model.kernels, model.spec.windows)
-        self._isolation = ChunkIsolation(model.decoder, model.kernels, memory.pool.dtype)
-        self._jobs: deque[_Job] = deque()
+        self._jobs: list[_Job] = []  # oldest first
 
     @property
     def busy(self) -> bool:
@@ -81,105 +70,60 @@ class BlendJobs:
         # Of the prompt alone, so that a request that comes again with output behind its prompt is computed as before.
         if computed_share(recipe, self._model.spec.layers, work.prompt_tokens, counts) > MOST_COMPUTED:
             return 0
-        chunks = self._open(work.chunks, sequence, spare)
+        chunks = self._chunks.open(sequence, spare)
         if chunks is None:
             return 0
-        # What is computed alone now costs this prompt time, and saves it to every later one.
-        missing = deque(chunk for chunk in chunks if chunk.table.stored < len(chunk.table.blocks))
         sequence.blends = True
-        self._jobs.append(_Job(sequence, recipe, chunks, missing))
+        self._jobs.append(_Job(sequence, recipe, chunks))
         return sum(counts)
 
-    def advance(self, layer_written: LayerWritten) -> Sequence | None:
-        """One piece of the oldest job. Returns its sequence once the KV of all its tokens but the last is there."""
-        while self._jobs and self._jobs[0].sequence.table is None:
-            self._close(self._jobs.popleft().chunks)  # it was cancelled
-        if not self._jobs:
-            return None
-        job = self._jobs[0]
-        if job.missing:
-            self._isolate(job.missing.popleft())
-            return None
-        if job.run is None:
-            job.run = self._run_of(job)
-        job.run.advance(lambda layer: layer_written(job.sequence, layer))
-        job.layers_done += 1
-        if job.layers_done < self._model.spec.layers:
-            return None
-        self._jobs.popleft()
-        self._close(job.chunks)
-        sequence = job.sequence
-        sequence.blends = False
-        sequence.computed = len(sequence.tokens) - 1
-        return sequence
+    def advance(self, layer_written: LayerWritten) -> bool:
+        """One piece of the oldest job that does not wait for pages. False: there is none."""
+        self._drop_cancelled()
+        return any(self._work_on(job, layer_written) for job in self._jobs)
 
     def held_tables(self) -> Iterator[Table]:
-        return (chunk.table for job in self._jobs for chunk in job.chunks)
+        for job in self._jobs:
+            yield from tables_of(job.chunks)
 
     # ---- parts
 
-    def _open(self, spans: tuple[ChunkSpan, ...], sequence: Sequence, spare: int) -> list[_OpenChunk] | None:
-        """The pages of all chunks, or of none."""
-        opened: list[_OpenChunk] = []
-        for span in spans:
-            chunk = self._opened(span, sequence, spare)
-            if chunk is None:
-                self._close(opened)
-                return None
-            opened.append(chunk)
-        return opened
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in self._jobs if job.sequence.table is None]:
+            self._end(job)
 
-    def _opened(self, span: ChunkSpan, sequence: Sequence, spare: int) -> _OpenChunk | None:
-        page_tokens = self._tables.page_tokens
-        content = sequence.tokens[span.start : span.start + span.count].tobytes()
-        tokens = array("i", padded_chunk(content, page_tokens))
-        chain = KeyChain(page_tokens, span.keys, self._seed, sequence.state.work.tenant)
-        table = self._tables.open(tokens, chain, len(tokens), spare)
-        return _OpenChunk(span, tokens, table) if table is not None else None
+    def _work_on(self, job: _Job, layer_written: LayerWritten) -> bool:
+        for chunk in job.chunks:
+            self._chunks.settle(chunk)
+        # What is computed alone now costs this prompt time, and saves it to every later one.
+        short = next((chunk for chunk in job.chunks if chunk.short), None)
+        if short is not None:
+            self._chunks.compute(short)
+            return True
+        if job.run is None:
+            job.run = self._run_of(job)
+        if job.waits:
+            return False
+        job.run.advance(lambda layer: layer_written(job.sequence, layer))
+        job.layers_done += 1
+        if job.layers_done == self._model.spec.layers:
+            self._end(job)
+            job.sequence.blends = False
+            job.sequence.computed = len(job.sequence.tokens) - 1
+        return True
 
-    def _isolate(self, chunk: _OpenChunk) -> None:
-        """Computes a chunk alone into those of its pages that were not there."""
-        first, count = chunk.table.stored * self._tables.page_tokens, chunk.span.count
-        computed = self._isolation.isolate(chunk.tokens[:count])
-        positions = torch.arange(first, count)
-        blocks = torch.tensor(chunk.table.blocks, dtype=torch.int64)
-        page_tokens = self._tables.page_tokens
-        slots = blocks[positions // page_tokens] * page_tokens + positions % page_tokens
-        rows = self._pool.rows(slots.to(self._model.device))
-        for layer in range(self._model.spec.layers):
-            key, value = computed.layer(layer)
-            self._pool.write(layer, rows, key[first:], value[first:])
-        self._tables.store(chunk.table, chunk.tokens, len(chunk.tokens))
+    def _end(self, job: _Job) -> None:
+        self._jobs.remove(job)
+        self._chunks.close(job.chunks)
 
     def _run_of(self, job: _Job) -> BlendRun:
         sequence = job.sequence
         assert sequence.table is not None
         blocks = np.array(sequence.table.blocks, dtype=np.int32)
-        placed = [PlacedChunk(chunk.span.start, self._pooled(chunk)) for chunk in job.chunks]
+        placed = [PlacedChunk(chunk.span.start, chunk) for chunk in job.chunks]
         # The last token's KV and logits come from an ordinary step afterwards.
         prompt = BlendPrompt(sequence.tokens[:-1], blocks, placed)
         return BlendRun(self._model.decoder, self._attention, prompt, job.recipe)
-
-    def _pooled(self, chunk: _OpenChunk) -> _PooledChunk:
-        blocks = torch.tensor(chunk.table.blocks, dtype=torch.int64, device=self._model.device)
-        return _PooledChunk(self._pool, blocks, chunk.span.count)
-
-    def _close(self, chunks: list[_OpenChunk]) -> None:
-        for chunk in chunks:
-            self._tables.close(chunk.table)
-
-
-@dataclass(frozen=True, slots=True)
-class _PooledChunk:
-    """Implements engine.chunk_kv.ChunkKv over pages of the pool. blocks: int64 [pages]."""
-
-    pool: PagedPool
-    blocks: torch.Tensor
-    tokens: int
-
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = self.pool.gather(layer, self.blocks, self.pool.dtype)
-        return key[: self.tokens], value[: self.tokens]
 
 
 def _recipe(spec: BlendSpec) -> Recipe:

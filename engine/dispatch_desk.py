@@ -72,6 +72,7 @@ class DispatchDesk:
             self._sink.emit(WorkFailed(work.dispatch, (), error.reason, str(error)))
             return
         state = self._state(work, command.mode)
+        state.loads = command.loads
         sequence = Sequence(state, work.choices, _tokens(work), self._chain(work), blends=work.blend is not None)
         state.sequences.append(sequence)
         self._schedule.submit(sequence)

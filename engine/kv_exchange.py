@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from engine.block_tables import BlockTables, Table
 from engine.kv_memory import KvMemory
 from engine.page_loads import PageLoads
-from engine.page_protocol import KvOffered, LoadPages, OfferPages, PagesLoaded, PagesSaved
+from engine.page_protocol import KvOffered, LoadPages, OfferPages, PagesLate, PagesLoaded, PagesSaved
 from engine.protocol import EventSink
 
 
@@ -20,10 +20,10 @@ class KvExchange:
         self._tables = tables
         self._memory = memory
         self._layers = layers
-        self._loads = PageLoads(tables, fingerprint_seed)
+        self.loads = PageLoads(tables, fingerprint_seed)
         self._sink = sink
 
-    def handle(self, command: OfferPages | PagesSaved | LoadPages | PagesLoaded, spare: int) -> None:
+    def handle(self, command: OfferPages | PagesSaved | LoadPages | PagesLoaded | PagesLate, spare: int) -> None:
         """spare: blocks that a load must leave available."""
         match command:
             case OfferPages():
@@ -31,15 +31,17 @@ class KvExchange:
             case PagesSaved():
                 self._tables.saved(command.blocks)
             case LoadPages():
-                opened = self._loads.open(command, spare)
+                opened = self.loads.open(command, spare)
                 if opened is not None:
                     self._once_in_arena(opened.held, lambda: self._sink.emit(opened))
             case PagesLoaded():
-                self._loads.end(command, self._memory.absorb)
+                self.loads.end(command, self._memory.absorb)
+            case PagesLate():
+                self.loads.late(command.load_id)
 
     def held_tables(self) -> Iterator[Table]:
         """Of loads that have not ended."""
-        return self._loads.tables()
+        return self.loads.tables()
 
     def tell(self) -> None:
         """What entered and left the index since the last call, and what is on offer now."""

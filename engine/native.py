@@ -10,6 +10,7 @@ from typing import assert_never
 
 import torch
 
+from engine.blend_chunks import BlendChunks
 from engine.blend_jobs import BlendJobs
 from engine.block_tables import BlockTables
 from engine.cuda_graphs import cuda_graphs
@@ -20,7 +21,7 @@ from engine.kernel_attention import KernelAttention
 from engine.kv_exchange import KvExchange
 from engine.kv_memory import KvMemory, copy_blocks
 from engine.loaded_model import LoadedModel, load_model
-from engine.page_protocol import LoadPages, OfferPages, PagesLoaded, PagesSaved
+from engine.page_protocol import LoadPages, OfferPages, PagesLate, PagesLoaded, PagesSaved
 from engine.paged_attention import PagedAttention
 from engine.pool import BlockPool
 from engine.pool_size import resident_bytes
@@ -82,7 +83,8 @@ class NativeEngine:
         seed = fingerprint_seed(model.identity)
         self._desk = DispatchDesk(self._tables, self._schedule, doorkeeper, sink, time.monotonic, seed)
         self._exchange = KvExchange(self._tables, memory, model.spec.layers, seed, sink)
-        self._blends = BlendJobs(model, memory, self._tables, seed)
+        chunks = BlendChunks(model, memory, self._tables, self._exchange.loads, seed)
+        self._blends = BlendJobs(model, memory, chunks)
         graphs = cuda_graphs(model.decoder) if engine.cuda_graphs else None
         self._forward = ForwardPass(model.decoder, _attention(model, memory, engine), graphs)
         self._sampler = Sampler(model.spec.vocab, model.spec.eos_token_ids, model.device)
@@ -135,7 +137,7 @@ class NativeEngine:
                 self._schedule.policy = command
             case ClearPrefixCache():
                 self._tables.clear_cached()
-            case OfferPages() | PagesSaved() | LoadPages() | PagesLoaded():
+            case OfferPages() | PagesSaved() | LoadPages() | PagesLoaded() | PagesLate():
                 self._exchange.handle(command, self._schedule.policy.decode_headroom_blocks)
             case Stop():
                 pass
@@ -150,9 +152,7 @@ class NativeEngine:
             self._desk.fail(sequence, NoCapacity("The request alone needs more KV blocks than the pool has."))
         for sequence in plan.admitted:
             self._start(sequence)
-        blending = self._blends.busy
-        if blending:
-            self._blend()
+        blending = self._blend()
         if plan.parts:
             self._compute(plan)
         else:
@@ -210,10 +210,12 @@ class NativeEngine:
             for layer in range(self._model.spec.layers):
                 self._announce(layer, [cached])
 
-    def _blend(self) -> None:
-        """One piece of the blend in progress; a sequence whose blend is done is in the next plan."""
-        self._blends.advance(self._announce_blended)
-        self._steps += 1  # a blend is no hang
+    def _blend(self) -> bool:
+        """One piece of a blend in progress, if one has anything to do; a sequence whose blend is done is in the next plan."""
+        waiting = self._blends.busy
+        blending = self._blends.advance(self._announce_blended)
+        self._steps += waiting  # neither a blend nor its wait for pages is a hang
+        return blending
 
     def _announce_blended(self, sequence: Sequence, layer: int) -> None:
         """All full pages before the last token are final in this layer."""

@@ -24,6 +24,7 @@ class PageLoads:
         self._tables = tables
         self._fingerprint_seed = fingerprint_seed
         self._open: dict[int, _OpenLoad] = {}
+        self._late: set[int] = set()  # of those that are open
 
     def open(self, command: LoadPages, spare: int) -> PagesOpened | None:
         """All blocks for what is missing, or none. `spare` blocks stay available. None: this load is open already."""
@@ -43,9 +44,20 @@ class PageLoads:
         generations = tuple(self._tables.pool.generation(block) for block in fresh)
         return PagesOpened(command.load_id, first_page, fresh, generations, held if command.mode == "lend" else ())
 
+    def coming(self, load_id: int) -> Table | None:
+        """The blocks of a load whose pages may still come in time, if it got any."""
+        load = self._open.get(load_id) if load_id not in self._late else None
+        return load.table if load is not None else None
+
+    def late(self, load_id: int) -> None:
+        """Nobody waits for its pages any more. Unknown loads change nothing."""
+        if load_id in self._open:
+            self._late.add(load_id)
+
     def end(self, command: PagesLoaded, absorb: Callable[[list[int]], None]) -> None:
         """Good pages enter the index, the other blocks are free again. Unknown loads change nothing."""
         load = self._open.pop(command.load_id, None)
+        self._late.discard(command.load_id)
         if load is None or load.table is None:
             return
         table, end = load.table, min(load.first_page + command.count, len(load.table.blocks))

@@ -49,6 +49,12 @@ class PagesLoaded(msgspec.Struct, frozen=True, tag="pages_loaded", array_like=Tr
     count: int
 
 
+class PagesLate(msgspec.Struct, frozen=True, tag="pages_late", array_like=True):
+    """Work that was submitted with `load_id` waits for its pages no longer. The opened blocks stay reserved until PagesLoaded."""
+
+    load_id: int
+
+
 # ---- events, engine -> io
 
 

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from engine.page_protocol import KvOffered, LoadPages, OfferPages, PagesLoaded, PagesOpened, PagesSaved
+from engine.page_protocol import KvOffered, LoadPages, OfferPages, PagesLate, PagesLoaded, PagesOpened, PagesSaved
 
 
 class Dispatch(msgspec.Struct, frozen=True, array_like=True):
@@ -99,10 +99,12 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     """Compute `work`. "prefill": up to the first token, KV offered through KvReady and kept until ReleaseSource.
-    "generate": to the end on this worker."""
+    "generate": to the end on this worker. loads: where the work is blended, for each of its chunks the load that is bringing its
+    pages, or 0; each of them is answered by PagesLoaded or PagesLate in bounded time. Empty: none is."""
 
     work: Work
     mode: Literal["prefill", "generate"]
+    loads: tuple[int, ...] = ()
 
 
 class ReserveBlocks(msgspec.Struct, frozen=True, tag="reserve", array_like=True):
@@ -170,6 +172,7 @@ Command = (
     | PagesSaved
     | LoadPages
     | PagesLoaded
+    | PagesLate
     | Stop
 )
 

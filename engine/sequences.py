@@ -24,7 +24,7 @@ Phase = Literal["active", "source", "reserved", "ending"]
 @dataclass(slots=True, eq=False)
 class DispatchState:
     """choices: neither ended nor cancelled. table: of work.token_ids, while a peer may write it (reserved, ending) or read it
-    (source); running sequences hold their own."""
+    (source); running sequences hold their own. loads: of its chunks' pages, as in Submit."""
 
     work: Work
     mode: Mode
@@ -35,6 +35,7 @@ class DispatchState:
     sequences: list[Sequence] = field(default_factory=list)
     table: Table | None = None
     started_s: float = -1.0  # before 0: not admitted yet
+    loads: tuple[int, ...] = ()
     peer_done: bool = False  # no peer touches its blocks any more
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import assert_never
 
-from engine.page_protocol import LoadPages, OfferPages, PagesLoaded, PagesOpened, PagesSaved
+from engine.page_protocol import LoadPages, OfferPages, PagesLate, PagesLoaded, PagesOpened, PagesSaved
 from engine.protocol import (
     Activate,
     Cancel,
@@ -82,7 +82,7 @@ class CommandDesk:
                 self._tables.clear_cached()
             case LoadPages():
                 self._sink.emit(PagesOpened(command.load_id, 0, ()))  # modelled KV has no bytes to load
-            case OfferPages() | PagesSaved() | PagesLoaded():
+            case OfferPages() | PagesSaved() | PagesLoaded() | PagesLate():
                 pass
             case Stop():
                 pass

@@ -1,15 +1,18 @@
-"""Owns the worker's tiers: saves what the engine offers, and loads what a prompt finds there before its work is submitted.
+"""Owns the worker's tiers: saves what the engine offers, and loads what a prompt finds there.
 
                       nothing to load
     submit(work) ------------------------------------------------> Submit
         |                                                            ^
         +-- LoadPages --> PagesOpened --> load in a thread --> PagesLoaded
-                               |     and pull from a peer            ^
-                               |              |                      |
-                               +--------------+-- deadline: Submit --+  (its blocks stay open until nobody writes to them)
+                     |         |     and pull from a peer            ^
+                     |         |              |                      |
+                     |         +--------------+-- deadline: Submit --+  (its blocks stay open until nobody writes to them)
+                     |
+                     +-- of chunks: Submit, and load beside it -- deadline: PagesLate
 
 A load that fails, comes late or comes short changes nothing but what is computed: pages that were verified enter the prefix
-index, the rest of the prompt is prefilled.
+index, the rest of the prompt is prefilled. The pages of chunks are loaded beside the blend, which waits for them where it first
+reads them: chunks that have not come by the deadline are computed alone.
 """
 
 from __future__ import annotations
@@ -20,27 +23,28 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from engine.page_protocol import KvOffered, OfferPages, PagesOpened, PagesSaved
+import msgspec
+
+from engine.page_protocol import KvOffered, OfferPages, PagesLate, PagesOpened, PagesSaved
 from engine.protocol import Cancel, Dispatch, EngineReady, KvSource, Submit, Work
 from kv_store.page import Page, PageFormat, PageId
 from kv_store.split import Run, Speed, best_split
 from kv_store.tier import Change, TierListener
-from kv_store.tiered_store import LoadReport, TieredStore
+from kv_store.tiered_store import TieredStore
 from kv_transfer.keys import HASH_BYTES
 from pdserve.errors import PdserveError, WorkerLost
 from service_kit.config import StoreConfig
 from service_kit.logs import get_logger
 from worker_runtime.engine_link import EngineLink
+from worker_runtime.page_fills import LoadFigures, PageFills, Plan
 from worker_runtime.page_openings import PageOpenings
-from worker_runtime.page_pulls import PEER_TIER, OpenPages, PagePulls
+from worker_runtime.page_pulls import PEER_TIER, PagePulls
 from worker_runtime.session import SessionHub
 from worker_runtime.stretches import Stretch, StretchCutter
 from worker_runtime.task_owner import TaskOwner
 from worker_runtime.tier_reads import TierReads, arena_pages
 
 LOAD_THREADS = 2
-WAIT_FOR_ROOM_S, LONGEST_WAIT_FOR_ROOM_S = 0.01, 0.25
-STUCK_GRACE_S = 0.25  # beyond the deadline of a load, for the read in progress
 
 log = get_logger(__name__)
 
@@ -48,32 +52,10 @@ _UNMEASURED_COMPUTE_S = 1.0  # per page: until something was computed here, ever
 
 
 @dataclass(slots=True)
-class LoadFigures:
-    """Since the start. Tokens that were looked for and loaded; loads that ended late or found no room."""
-
-    queried_tokens: int = 0
-    loaded_tokens: dict[str, int] = field(default_factory=dict)  # by tier
-    late: int = 0
-    no_room: int = 0
-    not_worth_it: int = 0
-    offers_skipped: int = 0
-    load_s: float = 0.0
-
-
-@dataclass(slots=True)
 class _Waiting:
     """A dispatch whose pages are being loaded; cancels of single choices that came meanwhile."""
 
     cancelled: list[tuple[int, ...]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is to be loaded: pages before `own_end` from our tiers, those after it from `source`."""
-
-    stretch: Stretch
-    own_end: int
-    source: KvSource | None
 
 
 def page_format(ready: EngineReady) -> PageFormat:
@@ -127,7 +109,7 @@ class PageTiers:
         self._pulls = pulls
         self._arena = arena_pages(engine)
         self._reads = TierReads(store, self._arena, LOAD_THREADS, "kv-load")
-        self._filling: set[asyncio.Task[LoadReport]] = set()
+        self._fills = PageFills(self.openings, self._reads, pulls, self.figures, layout.page_tokens)
         self._savers = ThreadPoolExecutor(1, "kv-save")
         self._waiting: dict[Dispatch, _Waiting] = {}
         engine.send(OfferPages(max(1, int(config.offered_share * layout.blocks))))
@@ -161,13 +143,17 @@ class PageTiers:
     # ---- loading
 
     def submit(self, command: Submit) -> None:
-        """Sends `command` to the engine, once what the tiers have of its prompt is loaded, or at the deadline."""
+        """Sends `command` to the engine, once what the tiers have of its prompt is loaded, or at the deadline. Blended work goes there
+        as soon as its loads have begun."""
         stretches = self._missing(command.work)
         if not stretches:
             self._engine.send(command)
             return
         self._waiting[command.work.dispatch] = _Waiting()
-        self._tasks.spawn(self._load_and_submit(command, stretches), lambda error: self._load_failed(command, error))
+        loading = (
+            self._load_beside(command, stretches) if command.work.blend else self._load_first(command, stretches[0])
+        )
+        self._tasks.spawn(loading, lambda error: self._load_failed(command, error))
 
     def cancel_choices(self, dispatch: Dispatch, choices: tuple[int, ...]) -> None:
         """Cancels some choices of a dispatch, after its Submit."""
@@ -197,16 +183,40 @@ class PageTiers:
         if work.sampling.prompt_logprobs is not None:
             return []
         cutter = self.cutter
-        stretches = [cutter.chunk(work, chunk) for chunk in work.chunks] if work.blend else [cutter.prefix(work)]
+        each_once = {chunk.keys: chunk for chunk in work.chunks}.values()
+        stretches = [cutter.chunk(work, chunk) for chunk in each_once] if work.blend else [cutter.prefix(work)]
         return [stretch for stretch in stretches if not all(self._holds(page.key) for page in stretch.ids)]
 
-    async def _load_and_submit(self, command: Submit, stretches: Sequence[Stretch]) -> None:
+    async def _load_first(self, command: Submit, prefix: Stretch) -> None:
         deadline_s = time.monotonic() + self._config.load_deadline_s
-        for stretch in stretches:
-            await self._load_stretch(stretch, command.work.source, deadline_s)
+        plan = await self._plan(prefix, command.work.source, deadline_s)
+        if plan is not None:
+            # A long load may take its time: it was chosen because computing takes longer.
+            deadline_s = max(deadline_s, time.monotonic() + 2 * plan.load_s)
+            fill = await self._fills.begin(plan, deadline_s)
+            await self._fills.wait([fill] if fill is not None else [], deadline_s)
         self._enter(command)
 
-    async def _load_stretch(self, stretch: Stretch, source: KvSource | None, deadline_s: float) -> None:
+    async def _load_beside(self, command: Submit, chunks: Sequence[Stretch]) -> None:
+        """All chunks are located and get their blocks at once: the engine answers all of it between two of its steps."""
+        deadline_s = time.monotonic() + self._config.load_deadline_s
+        found = await asyncio.gather(*(self._plan(chunk, None, deadline_s) for chunk in chunks))
+        plans = [plan for plan in found if plan is not None]
+        deadline_s = max(deadline_s, time.monotonic() + 2 * sum(plan.load_s for plan in plans))
+        begun = await asyncio.gather(*(self._fills.begin(plan, deadline_s) for plan in plans))
+        fills = {plan.stretch.keys: fill for plan, fill in zip(plans, begun, strict=True) if fill is not None}
+        ids = {keys: fill.load_id for keys, fill in fills.items()}
+        loads = tuple(ids.get(chunk.keys, 0) for chunk in command.work.chunks) if ids else ()
+        try:
+            self._enter(msgspec.structs.replace(command, loads=loads))
+            await self._fills.wait(list(fills.values()), deadline_s)
+        finally:
+            for fill in fills.values():
+                if not fill.reading.done():
+                    self._send(PagesLate(fill.load_id))
+
+    async def _plan(self, stretch: Stretch, source: KvSource | None, deadline_s: float) -> Plan | None:
+        """What is worth loading of a stretch, if anything."""
         ids = stretch.ids
         held = next((at for at, page in enumerate(ids) if not self._holds(page.key)), len(ids))
         self.figures.queried_tokens += (len(ids) - held) * self._page_tokens
@@ -214,20 +224,18 @@ class PageTiers:
         await asyncio.wait([locating], timeout=max(0.0, deadline_s - time.monotonic()))
         if not locating.done():
             self.figures.late += 1  # all threads read from a medium that is stuck
-            return
+            return None
         runs = locating.result()
         own_end = held + sum(run.pages for run in runs)
         peer = self._peer_run(stretch, source, own_end)
         runs += [peer] if peer is not None else []
         if not runs:
-            return
+            return None
         split = best_split(runs, len(ids) - held, self._speeds(), self._compute_page_s)
         if split.load_pages and (stretch.in_parts or held + split.load_pages == len(ids)):
-            # A long load may take its time: it was chosen because computing takes longer.
-            deadline_s = max(deadline_s, time.monotonic() + 2 * split.load_s)
-            await self._load(_Plan(stretch.first(held + split.load_pages), own_end, source), deadline_s)
-        else:
-            self.figures.not_worth_it += 1
+            return Plan(stretch.first(held + split.load_pages), own_end, source, split.load_s)
+        self.figures.not_worth_it += 1
+        return None
 
     def _peer_run(self, stretch: Stretch, source: KvSource | None, own_end: int) -> Run | None:
         if self._pulls is None or not stretch.in_parts:
@@ -238,75 +246,20 @@ class PageTiers:
         peer = {PEER_TIER: self._pulls.speed} if self._pulls is not None else {}
         return {**self._store.speeds, **peer}
 
-    async def _load(self, plan: _Plan, deadline_s: float) -> None:
-        opened = await self._open(plan, deadline_s)
-        if opened is None:
-            self.figures.no_room += 1
-            return
-        started_s = time.monotonic()
-        filling = asyncio.create_task(self._fill(plan, opened, deadline_s), name="kv-fill")
-        self._filling.add(filling)
-        filling.add_done_callback(lambda done: self._filled(opened.load_id, done))
-        await asyncio.wait([filling], timeout=max(0.0, deadline_s - started_s) + STUCK_GRACE_S)
-        self.figures.load_s += time.monotonic() - started_s
-        self.figures.late += not filling.done() or filling.result().late
-
-    async def _open(self, plan: _Plan, deadline_s: float) -> PagesOpened | None:
-        """Blocks for what is to be loaded. Waits a little for room, which the work itself needs as much: those of the request before
-        may be free in a moment."""
-        room_by_s = min(deadline_s, time.monotonic() + LONGEST_WAIT_FOR_ROOM_S)
-        while True:
-            opened = await self.openings.open(plan.stretch.to_load, deadline_s)
-            if opened is None or opened.blocks:
-                return opened
-            self.openings.end(opened.load_id, 0)
-            if opened.first_page or time.monotonic() >= room_by_s:  # first_page: all of it came in meanwhile
-                return None
-            await asyncio.sleep(WAIT_FOR_ROOM_S)
-
-    async def _fill(self, plan: _Plan, opened: PagesOpened, deadline_s: float) -> LoadReport:
-        """From our own tiers and from the peer side by side. Nobody writes to the opened blocks any more when it is done."""
-        first = opened.first_page
-        own = max(0, min(plan.own_end - first, len(opened.blocks)))
-        pulling = asyncio.create_task(self._pull(plan, opened, own, deadline_s), name="kv-pull")
-        try:
-            ids, blocks = plan.stretch.ids[first : first + own], opened.blocks[:own]
-            report = await self._reads.load(ids, blocks, deadline_s) if own else LoadReport()
-        finally:
-            pulled = await pulling
-        if pulled and report.good == own:  # else there is a gap before what was pulled
-            report.good += pulled
-            report.by_tier[PEER_TIER] += pulled
-        return report
-
-    async def _pull(self, plan: _Plan, opened: PagesOpened, own: int, deadline_s: float) -> int:
-        if self._pulls is None or plan.source is None or own == len(opened.blocks):
-            return 0
-        into = OpenPages(opened.first_page + own, opened.blocks[own:], opened.generations[own:])
-        return await self._pulls.pull(plan.source, plan.stretch, into, deadline_s)
-
-    def _filled(self, load_id: int, done: asyncio.Task[LoadReport]) -> None:
-        """However late."""
-        self._filling.discard(done)
-        error = None if done.cancelled() else done.exception()
-        report = LoadReport() if done.cancelled() or error is not None else done.result()
-        if error is not None:
-            log.exception("pages_not_loaded", error)
-        for tier, pages in report.by_tier.items():
-            tokens = pages * self._page_tokens
-            self.figures.loaded_tokens[tier] = self.figures.loaded_tokens.get(tier, 0) + tokens
-        self.openings.end(load_id, report.good)
-
     def _load_failed(self, command: Submit, error: PdserveError) -> None:
         log.warning("load_failed", request_id=command.work.request_id, reason=error.reason, message=error.message)
         self._enter(command)
 
     def _enter(self, command: Submit) -> None:
+        """Once: a load may still fail after it."""
+        waiting = self._waiting.pop(command.work.dispatch, None)
+        if waiting is None:
+            return
         self._send(command)
-        for choices in self._waiting.pop(command.work.dispatch).cancelled:
+        for choices in waiting.cancelled:
             self._send(Cancel(command.work.dispatch, choices))
 
-    def _send(self, command: Submit | Cancel | PagesSaved) -> None:
+    def _send(self, command: Submit | Cancel | PagesSaved | PagesLate) -> None:
         """Without effect once the engine is gone: the node ends then."""
         try:
             self._engine.send(command)

@@ -18,9 +18,9 @@ from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
 from worker_runtime.engine_link import EngineLink
 from worker_runtime.kv_commands import Bounds, OpenTier, carry_out, open_tiers
+from worker_runtime.page_fills import LoadFigures
 from worker_runtime.page_loans import LoanFigures
 from worker_runtime.page_pulls import PullFigures
-from worker_runtime.page_tiers import LoadFigures
 from worker_runtime.session import DEVICE_TIER
 from worker_runtime.task_owner import TaskOwner
 
