@@ -23,6 +23,7 @@ from service_kit.config import ClusterConfig
 from service_kit.config_file import load_config
 from service_kit.core_binding import CoreBinding, bind_engines
 from service_kit.core_claims import CoreClaims, allowed_cores, machine_cores
+from service_kit.entry_point import EXIT_CONFIG, option_parser
 from service_kit.exposure import check_exposure
 from service_kit.logs import configure_logs, get_logger
 from service_kit.ports import choose_port
@@ -30,7 +31,6 @@ from service_kit.process import Child, ProcessSpec, die_with_parent, stop_all
 from service_kit.process_table import CONTROLLER, process_table
 from service_kit.restart_policy import RestartPolicy, RestartState, died, started
 
-EXIT_CONFIG = 2
 EXIT_RUNS_ALREADY = 3
 STOP_MARGIN_S = 5.0  # beyond the drain's own deadline
 CANNOT_EXECUTE = 127
@@ -248,10 +248,7 @@ def _printed(config: ClusterConfig) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m service_kit.supervisor", description="Runs a local cluster.")
-    parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="YAML configuration")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
-    parser.add_argument("--parent-pid", type=int, default=0, help="dies with this process; 0 = lives on its own")
+    parser = option_parser("service_kit.supervisor", "Runs a local cluster.", parent_pid=0)
     parser.add_argument("--print-config", action="store_true", help="print the validated configuration and leave")
     return parser
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import uvloop
 
 from decode_worker.service import DecodeService
 from kv_store.open_store import StorePlace, open_store
 from pdserve.errors import ConfigInvalid, PdserveError
+from pdserve.installed_version import installed_version
 from prefill_worker.service import PrefillService
 from service_kit.config import ClusterConfig
 from service_kit.config_file import load_config
 from service_kit.core_binding import Cores, bind_engines, listed_cores, openmp_environment
 from service_kit.core_claims import allowed_cores, machine_cores
+from service_kit.entry_point import (
+    EXIT_CONFIG,
+    EXIT_DRAINED,
+    EXIT_FAILED,
+    EXIT_STOPPED_TWICE,
+    StopSignals,
+    option_parser,
+)
 from service_kit.logs import configure_logs, get_logger
 from service_kit.process import die_with_parent
 from worker_runtime.engine_link import ProcessEngineLink
@@ -31,10 +37,6 @@ from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
 
 ENGINE_MODULE = "worker.engine_main"
 REDIS_PASSWORD = "PDSERVE_REDIS_PASSWORD"
-EXIT_DRAINED = 0
-EXIT_CONFIG = 2
-EXIT_FAILED = 70
-EXIT_STOPPED_TWICE = 130
 
 ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode"}
 
@@ -54,16 +56,16 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_CONFIG
     configure_logs(config.log, options.id)
-    settings = NodeSettings(options.id, roles, config, _version(), new_incarnation())
+    settings = NodeSettings(options.id, roles, config, installed_version(), new_incarnation())
     return uvloop.run(_serve(settings, options.engine_module, cores))
 
 
 async def _serve(settings: NodeSettings, engine_module: str, cores: Cores) -> int:
     config = settings.config
-    stop = _Stop(config.worker.drain_s)
+    signals = StopSignals()
     try:
         starting = asyncio.create_task(_open(settings, engine_module, cores))
-        waited: list[asyncio.Future[WorkerNode] | asyncio.Future[None]] = [starting, stop.asked]
+        waited: list[asyncio.Future[WorkerNode] | asyncio.Future[None]] = [starting, signals.asked]
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
@@ -71,7 +73,7 @@ async def _serve(settings: NodeSettings, engine_module: str, cores: Cores) -> in
             return EXIT_DRAINED
         node = starting.result()
         try:
-            return await stop.supervise(node)
+            return await _supervise(node, signals, config.worker.drain_s)
         finally:
             await node.close()
     except PdserveError as error:
@@ -104,46 +106,25 @@ def _store_opener(settings: NodeSettings) -> OpenStore | None:
     return lambda page_format, news: open_store(config.store, place, page_format, news.listener)
 
 
-class _Stop:
-    """SIGTERM and SIGINT: the first drains, the second stops."""
-
-    def __init__(self, drain_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        self.asked: asyncio.Future[None] = loop.create_future()
-        self._twice: asyncio.Future[None] = loop.create_future()
-        self._drain_s = drain_s
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
-
-    async def supervise(self, node: WorkerNode) -> int:
-        """Until the node has drained or the second signal came. Raises what the node's run raises."""
-        running = asyncio.create_task(node.run())
-        await asyncio.wait([running, self.asked], return_when=asyncio.FIRST_COMPLETED)
-        if self.asked.done():
-            node.drain(self._drain_s)
-        await asyncio.wait([running, self._twice], return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            running.result()
-            return EXIT_DRAINED
-        running.cancel()
-        await asyncio.wait([running])
-        return EXIT_STOPPED_TWICE
-
-    def _signalled(self) -> None:
-        first = self.asked if not self.asked.done() else self._twice
-        if not first.done():
-            first.set_result(None)
+async def _supervise(node: WorkerNode, signals: StopSignals, drain_s: float) -> int:
+    """Until the node has drained or the second signal came. Raises what the node's run raises."""
+    running = asyncio.create_task(node.run())
+    await asyncio.wait([running, signals.asked], return_when=asyncio.FIRST_COMPLETED)
+    if signals.asked.done():
+        node.drain(drain_s)
+    await asyncio.wait([running, signals.twice], return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        running.result()
+        return EXIT_DRAINED
+    running.cancel()
+    await asyncio.wait([running])
+    return EXIT_STOPPED_TWICE
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m worker", description="One worker of a pdserve cluster.")
-    parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="YAML configuration")
+    parser = option_parser("worker", "One worker of a pdserve cluster.", os.getppid())
     parser.add_argument("--id", required=True, help="name of this worker, unique in the cluster")
     parser.add_argument("--roles", required=True, help="prefill, decode or prefill,decode")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
-    parser.add_argument(
-        "--parent-pid", type=int, default=os.getppid(), help="dies with this process; 0 = lives on its own"
-    )
     parser.add_argument(
         "--engine-module", default=ENGINE_MODULE, metavar="MODULE", help="module that runs as the engine process"
     )
@@ -163,13 +144,6 @@ def _cores(config: ClusterConfig) -> Cores:
     if not listed_cores(config.engine.cores):
         return ()
     return bind_engines(config.engine, 1, machine_cores(frozenset(allowed_cores()))).cores[0]
-
-
-def _version() -> str:
-    try:
-        return version("pdserve")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 if __name__ == "__main__":

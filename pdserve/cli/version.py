@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 
 from pdserve.cli.access import get
 from pdserve.cli.options import EXIT_OK, Commands, access, command, reaching
 from pdserve.cli.terminal import Terminal
 from pdserve.errors import PdserveError
+from pdserve.installed_version import installed_version
 
 
 def add(commands: Commands) -> None:
@@ -18,7 +17,7 @@ def add(commands: Commands) -> None:
 
 
 def show_version(options: argparse.Namespace, terminal: Terminal) -> int:
-    client = client_version()
+    client = installed_version()
     cluster: str | None = None
     try:
         with access(options).http(timeout_s=3.0) as http:
@@ -29,10 +28,3 @@ def show_version(options: argparse.Namespace, terminal: Terminal) -> int:
     terminal.say(f"cluster {cluster}" if cluster else "no cluster answers; start one with: pdserve up --detach")
     terminal.result({"client": client, "cluster": cluster, "python": platform.python_version()})
     return EXIT_OK
-
-
-def client_version() -> str:
-    try:
-        return installed_version("pdserve")
-    except PackageNotFoundError:
-        return "unknown"
