@@ -9,23 +9,19 @@ import inspect
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TypeAlias, TypeVar, cast
+from typing import TypeAlias, cast
 
 import grpc
 
 from pdserve.errors import InternalError, PdserveError
 from pdserve.rpc_errors import PARAM_KEY, REASON_KEY, RETRY_AFTER_KEY, error_from_rpc, is_connection_loss
+from service_kit.grpc_handlers import Context, Continuation, Handler, Request, Response, with_behaviour
 from service_kit.logs import get_logger
 
 __all__ = ["ErrorStatuses", "error_from_rpc", "is_connection_loss", "status_metadata"]
 
 MAX_DETAILS_CHARS = 2000  # a header block holds 8 KB, percent-encoded
 
-Request = TypeVar("Request")
-Response = TypeVar("Response")
-Context: TypeAlias = "grpc.aio.ServicerContext[Request, Response]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Request, Response]"
-Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler[Request, Response] | None]]"
 # One request, or an iterator of them: the interceptor hands it on as it is.
 Unary: TypeAlias = "Callable[[Request, Context[Request, Response]], Awaitable[Response]]"
 Stream: TypeAlias = "Callable[[Request, Context[Request, Response]], AsyncGenerator[Response, None]]"
@@ -42,7 +38,7 @@ class ErrorStatuses(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Handler[Request, Response]:
         handler = await continuation(handler_call_details)
         if handler is None:
-            return cast("Handler[Request, Response]", handler)  # grpc answers UNIMPLEMENTED
+            return handler
         return _guarded(handler, handler_call_details.method)
 
 
@@ -57,23 +53,13 @@ def status_metadata(error: PdserveError) -> tuple[tuple[str, str], ...]:
 
 
 def _guarded(handler: Handler[Request, Response], method: str) -> Handler[Request, Response]:
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
     inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     # A streaming servicer is an asynchronous generator, or a coroutine that calls context.write.
     if handler.response_streaming and inspect.isasyncgenfunction(inner):
         behaviour = cast("Callable[..., object]", _guarded_stream(cast("Stream[Request, Response]", inner), method))
     else:
         behaviour = _guarded_unary(cast("Unary[Request, Response]", inner), method)
-    return make(
-        behaviour,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+    return with_behaviour(handler, behaviour)
 
 
 def _guarded_unary(inner: Unary[Request, Response], method: str) -> Unary[Request, Response]:

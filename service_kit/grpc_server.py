@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -14,15 +14,12 @@ from grpc_reflection.v1alpha import reflection
 from pdserve.errors import ConfigInvalid, InvalidApiKey
 from service_kit.api_keys import ApiKeys
 from service_kit.config import SecurityConfig
-from service_kit.grpc_errors import ErrorStatuses, Request, Response, status_metadata
+from service_kit.grpc_errors import ErrorStatuses, status_metadata
+from service_kit.grpc_handlers import Context, Continuation, Handler, Request, Response, with_behaviour
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 # Services for programs and operators outside the cluster.
 KEYED_PREFIXES = ("/pdserve.v1.InferenceService/", "/pdserve.v1.KvService/")
-
-_Handler: TypeAlias = "grpc.RpcMethodHandler[Request, Response]"
-_Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler[Request, Response]]]"
-_Context: TypeAlias = "grpc.aio.ServicerContext[Request, Response]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +35,8 @@ class ApiKeyGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._keys = keys
 
     async def intercept_service(
-        self, continuation: _Continuation[Request, Response], handler_call_details: grpc.HandlerCallDetails
-    ) -> _Handler[Request, Response]:
+        self, continuation: Continuation[Request, Response], handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler[Request, Response]:
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(KEYED_PREFIXES):
             return handler
@@ -48,23 +45,13 @@ class ApiKeyGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return handler if self._keys.accepts(presented) else _refusal(handler)
 
 
-def _refusal(handler: _Handler[Request, Response]) -> _Handler[Request, Response]:
+def _refusal(handler: Handler[Request, Response]) -> Handler[Request, Response]:
     error = InvalidApiKey("The API key is missing or wrong. Send it as metadata `authorization: Bearer KEY`.")
 
-    async def refuse(request: Request, context: _Context[Request, Response]) -> Response:
+    async def refuse(request: Request, context: Context[Request, Response]) -> Response:
         await context.abort(error.grpc_status, error.message, status_metadata(error))
 
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    return make(
-        refuse,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+    return with_behaviour(handler, refuse)
 
 
 class GrpcServer:
