@@ -16,6 +16,7 @@ import pytest
 
 from pdserve.cli.cluster_state import running_state
 from pdserve.local_process import LocalProcess, children_of
+from tests.child_processes import end, tied
 from tests.cli.test_commands import PDSERVE, run
 
 pytestmark = pytest.mark.slow
@@ -56,18 +57,18 @@ class Foreground:
 def foreground(tmp_path: Path) -> Iterator[Foreground]:
     state_dir = tmp_path / "state"
     command = [PDSERVE, "up", "--port", "0", "--state-dir", str(state_dir)]
-    popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    popen = subprocess.Popen(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     running = Foreground(state_dir, popen)
-    reader = threading.Thread(target=running.read)
+    reader = threading.Thread(target=running.read, daemon=True)
     reader.start()
     try:
         running.until("Stop it: Ctrl-C", START_S)
         yield running
     finally:
-        popen.kill()
-        popen.wait()
-        reader.join()
+        end(popen)
+        reader.join(END_S)
         run("down", "--now", state_dir=state_dir)
+        assert not reader.is_alive(), "somebody still holds the output of `pdserve up`"
 
 
 def stream(api_url: str, max_tokens: int) -> Iterator[str]:
@@ -109,8 +110,7 @@ def test_ctrl_c_twice_stops_at_once(foreground: Foreground) -> None:
 
 def test_a_killed_up_takes_its_cluster_along(foreground: Foreground) -> None:
     processes = foreground.processes()
-    foreground.popen.kill()
-    foreground.popen.wait()
+    end(foreground.popen)
     end_s = time.monotonic() + END_S
     while any(one.alive() for one in processes) and time.monotonic() < end_s:
         time.sleep(0.05)

@@ -55,7 +55,7 @@ class ApiTwin:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
-        self.thread.join()
+        self.thread.join(30.0)
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ import psutil
 import pytest
 
 from pdserve.v1 import membership_pb2, membership_pb2_grpc
+from tests.child_processes import REAP_S, end, tied
 from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin
 from tests.tokenization.fixtures import byte_level_backend, write_model_dir
 
 pytestmark = pytest.mark.slow
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ async def running(model_dir: Path, *settings: str) -> AsyncIterator[Controller]:
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait()
+        process.wait(REAP_S)
 
 
 @asynccontextmanager
@@ -139,8 +140,7 @@ async def test_a_worker_finds_the_controller_that_was_started_again(model_dir: P
     async with running(model_dir) as controller, with_worker(controller) as worker:
         port = str(controller.state()["grpc_address"]).rpartition(":")[2]
         first = worker.session
-        controller.process.kill()
-        controller.process.wait()
+        end(controller.process)
         (controller.state_dir / "controller.json").unlink()
         async with running(model_dir, f"controller.grpc_port={port}") as again:
             assert str(again.state()["grpc_address"]).endswith(f":{port}")
@@ -179,13 +179,12 @@ async def test_it_dies_with_its_parent(model_dir: Path) -> None:
     arguments = command(model_dir, parent_pid=0)
     arguments[arguments.index("--parent-pid") : arguments.index("--parent-pid") + 2] = []
     script = f"import subprocess, sys, time; subprocess.Popen({arguments!r}); time.sleep(600)"
-    parent = subprocess.Popen([sys.executable, "-c", script])  # noqa: ASYNC220 (it returns at once)
+    parent = subprocess.Popen(tied([sys.executable, "-c", script]))  # noqa: ASYNC220 (it returns at once)
     state = model_dir.parent / "state" / "controller.json"
     try:
         await until(state.exists, "controller.json")
         pid = json.loads(state.read_text())["pid"]
         assert psutil.pid_exists(pid)
     finally:
-        parent.kill()
-        parent.wait()
+        end(parent)
     await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "dead")

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import httpx
 
+from tests.child_processes import end, tied, when_we_end
+
 PDSERVE = str(Path(sys.executable).parent / "pdserve")
 START_DEADLINE_S = 180.0
+STOP_DEADLINE_S = 120.0  # longer than `down` drains and kills
 SMALL_TIERS = ("--set", "store.host_bytes=33554432")  # many clusters run side by side
 
 
@@ -31,28 +34,30 @@ class Worker:
     blocks_leaked: int
     running: int
     waiting: int
+    dispatches: int  # as the controller knows at this moment; the other figures are those of the last heartbeat
 
 
 def run_cli(state_dir: Path, *args: str, timeout_s: float = START_DEADLINE_S) -> subprocess.CompletedProcess[str]:
     """Runs `pdserve COMMAND … --state-dir S`, the command first."""
     command = [PDSERVE, args[0], "--state-dir", str(state_dir), *args[1:]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(tied(command), capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 class Cluster:
-    """A running cluster. Ends with `stop`, whatever happened to its parts."""
+    """A running cluster. Ends with `stop`, whatever happened to its parts; and with this process, if that comes first."""
 
     def __init__(self, state_dir: Path, *flags: str) -> None:
         self.state_dir = state_dir
+        self._keeper = when_we_end([PDSERVE, "down", "--now", "--state-dir", str(state_dir)])
         answer = run_cli(state_dir, "up", "--detach", "-o", "json", "--port", "0", *SMALL_TIERS, *flags)
         if answer.returncode != 0:
             logs = "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in state_dir.glob("logs/*"))
-            run_cli(state_dir, "down")
+            self._end()
             raise RuntimeError(f"up failed ({answer.returncode}): {answer.stdout}{answer.stderr}\n{logs}")
         self.api_url = str(self.status()["api_url"])
 
     def status(self) -> dict[str, object]:
-        answer = run_cli(self.state_dir, "status", "-o", "json", timeout_s=30)
+        answer = run_cli(self.state_dir, "status", "-o", "json", timeout_s=60)
         if answer.returncode != 0:
             raise RuntimeError(f"status failed ({answer.returncode}): {answer.stdout}{answer.stderr}")
         status = json.loads(answer.stdout)
@@ -61,11 +66,11 @@ class Cluster:
 
     def workers(self) -> dict[str, Worker]:
         """Workers by id, straight from the operator API."""
-        rows = httpx.get(f"{self.api_url}/api/v1/status", timeout=10).json()["workers"]
+        rows = httpx.get(f"{self.api_url}/api/v1/status", timeout=30).json()["workers"]
         return {
             row["id"]: Worker(
                 row["id"], tuple(row["roles"]), row["state"], row["pid"], row["engine_pid"], row["blocks_total"],
-                row["blocks_free"], row["blocks_leaked"], row["running"], row["waiting"],
+                row["blocks_free"], row["blocks_leaked"], row["running"], row["waiting"], row["dispatches"],
             )
             for row in rows
         }  # fmt: skip
@@ -74,8 +79,13 @@ class Cluster:
         return sum(worker.state == "READY" for worker in self.workers().values()) == count
 
     def stop(self) -> None:
-        answer = run_cli(self.state_dir, "down", timeout_s=60)
+        answer = self._end()
         assert answer.returncode == 0, answer.stdout + answer.stderr
+
+    def _end(self) -> subprocess.CompletedProcess[str]:
+        answer = run_cli(self.state_dir, "down", timeout_s=STOP_DEADLINE_S)
+        end(self._keeper)
+        return answer
 
 
 def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:

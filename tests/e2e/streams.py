@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import httpx
+
+STREAM_S = 120.0
 
 
 @dataclass(slots=True)
@@ -21,11 +24,13 @@ class Streamed:
     error: str = ""
 
 
-async def events(client: httpx.AsyncClient, body: dict[str, object]) -> AsyncIterator[dict[str, object] | str]:
+async def events(
+    client: httpx.AsyncClient, body: dict[str, object], request_id: str = ""
+) -> AsyncIterator[dict[str, object] | str]:
     """SSE payloads of a streamed completion: dicts, then "[DONE]"."""
-    async with client.stream(
-        "POST", "/v1/completions", json={**body, "stream": True, "return_token_ids": True}
-    ) as answer:
+    headers = {"x-request-id": request_id} if request_id else {}
+    asked = {**body, "stream": True, "return_token_ids": True}
+    async with client.stream("POST", "/v1/completions", json=asked, headers=headers) as answer:
         if answer.status_code != 200:
             yield {"error": {"message": (await answer.aread()).decode(), "code": str(answer.status_code)}}
             return
@@ -55,8 +60,10 @@ def fold(streamed: Streamed, event: dict[str, object] | str) -> None:
             streamed.finish[index] = choice["finish_reason"]
 
 
-async def complete(client: httpx.AsyncClient, body: dict[str, object]) -> Streamed:
+async def complete(client: httpx.AsyncClient, body: dict[str, object], request_id: str = "") -> Streamed:
+    """To its end. A stream that only keeps alive would never run into a deadline of the client's."""
     streamed = Streamed()
-    async for event in events(client, body):
-        fold(streamed, event)
+    async with asyncio.timeout(STREAM_S):
+        async for event in events(client, body, request_id):
+            fold(streamed, event)
     return streamed

@@ -35,7 +35,7 @@ def test_a_second_up_says_that_a_cluster_runs_already(pair_cluster: Cluster) -> 
 
 @pytest.mark.timeout(400)  # 250 requests, some of them long
 def test_verify_finds_disaggregated_output_equal_over_every_transport(pair_cluster: Cluster) -> None:
-    answer = run_cli(pair_cluster.state_dir, "verify", "-o", "json", "--max-tokens", "8")
+    answer = run_cli(pair_cluster.state_dir, "verify", "-o", "json", "--max-tokens", "8", timeout_s=360)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     report = json.loads(answer.stdout)
     assert report["equal"]

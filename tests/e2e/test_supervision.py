@@ -49,7 +49,7 @@ async def test_a_stream_of_the_sdk_survives_the_death_of_the_controller(own_clus
     began = time.monotonic()
     resumed = await _stream(address, sampling, 20, pid)
     assert resumed == undisturbed
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     await asyncio.to_thread(wait_until, lambda: own_cluster.ready(2), "both workers registered again")
     assert int(str(own_cluster.status()["pid"])) != pid
     async with httpx.AsyncClient(base_url=own_cluster.api_url, timeout=30) as http:

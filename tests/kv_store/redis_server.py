@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-START_S = 20.0
+from tests.child_processes import end, tied
+
+START_S = 60.0
 
 
 class RedisServer:
@@ -54,7 +56,9 @@ class RedisServer:
             cert, key, ca = map(str, self._tls_files)
             command += ["--port", "0", "--tls-port", str(self.port), "--tls-cert-file", cert, "--tls-key-file", key]
             command += ["--tls-ca-cert-file", ca, "--tls-auth-clients", "no"]
-        self._process = subprocess.Popen([*command, *self._extra], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            tied([*command, *self._extra]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline_s = time.monotonic() + START_S
         while not _listens(self.port):
             assert self.process.poll() is None, "redis-server ended at once"
@@ -62,8 +66,7 @@ class RedisServer:
             time.sleep(0.01)
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        end(self.process)
 
     def freeze(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)

@@ -20,6 +20,7 @@ from kv_store.page import Page, PageId
 from kv_store.tier import Change
 from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of
 
+LONGEST_S = 60.0
 RECORD = Record(page_of(3, b"tenant"), SMALL.digest(), SMALL.size_bytes, b"h" * 16, 1234.5, 2**40)
 
 
@@ -115,9 +116,10 @@ def test_news_of_many_threads_are_told_in_the_order_in_which_they_happened() -> 
                 happened.append(("stored", Page(PageId(key_of(0), fingerprint))))
             news.tell()
 
-    threads = [threading.Thread(target=change_much, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=change_much, args=(number,), daemon=True) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(LONGEST_S)
+    assert not any(thread.is_alive() for thread in threads)
     assert heard == order

@@ -182,13 +182,14 @@ def test_a_reader_of_an_old_bad_copy_does_not_drop_the_good_one_stored_since() -
         return good(entries)  # type: ignore[arg-type]
 
     tier._good = paused  # type: ignore[method-assign]
-    reader = threading.Thread(target=tier.read, args=(ids([0]), [SMALL.empty()]))
+    reader = threading.Thread(target=tier.read, args=(ids([0]), [SMALL.empty()]), daemon=True)
     reader.start()
     assert compares.wait(20.0)
     assert tier.remove([key_of(0)]) == 1
     assert write(tier, [0]) == 1
     replaced.set()
     reader.join(20.0)
+    assert not reader.is_alive()
     tier._good = good  # type: ignore[method-assign]
     assert read(tier, [0]) == 1
     assert tier.counters.verify_failures == {"checksum": 1}

@@ -27,6 +27,7 @@ from tests.service_kit import certificates
 FORMAT = PageFormat(identity=b"\x31" * 32, page_tokens=16, layers=2, block_bytes=512)
 OTHER_MODEL = PageFormat(identity=b"\x32" * 32, page_tokens=16, layers=2, block_bytes=512)
 SECRET = "hunter2-secret"
+LONGEST_S = 60.0
 GENEROUS_S = 20.0  # for tests that do not ask how long a call takes
 
 
@@ -353,11 +354,14 @@ def dripping(port: int) -> Iterator[int]:
     """A port that passes on what Redis answers, one byte every 50 ms."""
     ended = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=_drip, args=(listener, port, ended))
+        listener.settimeout(LONGEST_S)
+        thread = threading.Thread(target=_drip, args=(listener, port, ended), daemon=True)
         thread.start()
-        yield int(listener.getsockname()[1])
-        ended.set()
-        thread.join()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            ended.set()
+            thread.join(LONGEST_S)
 
 
 def _drip(listener: socket.socket, port: int, ended: threading.Event) -> None:

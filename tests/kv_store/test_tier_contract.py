@@ -27,6 +27,7 @@ from tests.kv_store.redis_server import running_redis
 
 PAGES_MOST = 24  # a tier under test holds at least half and at most so many
 TTL_S = 1000.0
+LONGEST_S = 60.0
 
 
 @dataclass(slots=True)
@@ -241,14 +242,17 @@ def test_readers_beside_a_writer_never_see_a_wrong_byte(indexed: Bench) -> None:
                 wrong.append(number)
             number = (number + 1) % 64
 
-    threads = [threading.Thread(target=reads, args=(first,)) for first in (0, 20, 40)]
+    threads = [threading.Thread(target=reads, args=(first,), daemon=True) for first in (0, 20, 40)]
     for thread in threads:
         thread.start()
-    for round_start in range(0, 256, 4):
-        write(indexed.tier, [number % 64 for number in range(round_start, round_start + 4)])
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for round_start in range(0, 256, 4):
+            write(indexed.tier, [number % 64 for number in range(round_start, round_start + 4)])
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(LONGEST_S)
+    assert not any(thread.is_alive() for thread in threads)
     assert not wrong
     assert not indexed.tier.counters.verify_failures
     there = {key_of(number) for number in range(64) if indexed.tier.present(ids([number]))}

@@ -12,6 +12,8 @@ import grpc
 from pdserve.errors import PdserveError
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
+STOP_S = 60.0
+
 
 @dataclass
 class Script:
@@ -44,7 +46,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
         self._server.start()
 
     def stop(self) -> None:
-        self._server.stop(0).wait()
+        assert self._server.stop(0).wait(STOP_S), "a call does not end"
 
     def Generate(  # noqa: N802 (the name is gRPC's)
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext

@@ -17,6 +17,7 @@ from pdserve.errors import ConfigInvalid
 from service_kit.config import EngineConfig
 from service_kit.core_binding import MachineCores, bind_engines, engine_threads, listed_cores, openmp_environment
 from service_kit.core_claims import CoreClaims, machine_cores
+from tests.child_processes import end, killed_after
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -146,15 +147,11 @@ def test_a_claim_ends_with_its_holder() -> None:
     assert child.stdin is not None
     assert child.stdout is not None
     ours = CoreClaims(name)
-    try:
+    with child, killed_after(child, 60.0):
         assert child.stdout.readline() == "[0, 1, 2]\n"
         assert child.stdout.readline() == "kept\n"
         assert ours.take([0, 1, 2]) == {0, 2}
-    finally:
-        child.kill()
-        child.wait()
-        child.stdin.close()
-        child.stdout.close()
+        end(child)
     assert ours.take([1]) == {0, 1, 2}
     ours.keep([])
 

@@ -25,9 +25,10 @@ from service_kit.process import ProcessSpec
 from service_kit.process_table import process_table
 from service_kit.restart_policy import RestartPolicy
 from service_kit.supervisor import Addresses, Supervisor, effective_config
+from tests.child_processes import end, tied
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @dataclass(slots=True)
@@ -76,13 +77,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     def _start(**kinds: str) -> Run:
         table = {name: [kind, str(tmp_path / "marks")] for name, kind in kinds.items()}
         command = [sys.executable, "-m", "tests.service_kit.stand_in_cluster", str(tmp_path), json.dumps(table)]
-        runs.append(Run(tmp_path, subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)))
+        runs.append(Run(tmp_path, subprocess.Popen(tied(command), cwd=ROOT, stderr=subprocess.DEVNULL)))
         return runs[-1]
 
     yield _start
     for run in runs:
-        run.popen.kill()
-        run.popen.wait()
+        end(run.popen)
     started = [int(line.split()[1]) for run in runs for line in run.marks() if line.startswith("started")]
     assert end_all([LocalProcess(pid, 0) for pid in started], 5.0) == []
 
@@ -154,7 +154,8 @@ async def test_a_program_that_cannot_be_executed_is_retried_not_fatal(tmp_path: 
         wait_for, lambda: path.exists() and json.loads(path.read_text())["processes"][0]["restarts"] >= 2, "retried"
     )
     supervisor.stop()
-    await running
+    async with asyncio.timeout(DEADLINE_S):
+        await running
 
 
 def test_the_table_names_every_worker_and_its_roles() -> None:

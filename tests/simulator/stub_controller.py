@@ -14,7 +14,7 @@ from pdserve.v1 import membership_pb2, membership_pb2_grpc, types_pb2, worker_pb
 T = TypeVar("T")
 CONTROLLER_ID = "stub"
 HEARTBEAT_S = 0.5
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class StubWorker:

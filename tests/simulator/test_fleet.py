@@ -20,12 +20,13 @@ from pdserve.v1 import types_pb2, worker_pb2
 from service_kit.config import ClusterConfig
 from simulator.fleet import Fleet, FleetSettings, share
 from simulator.modelled_engine import ModelledConfig
+from tests.child_processes import tied
 from tests.simulator.stub_controller import StubController, dispatch_id, stub_controller
 from tests.simulator.works import Bench, with_max_tokens, work
 
 PROMPT = list(range(100, 150))
 OUTPUT_TOKENS = 12
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def proto_work(key: int) -> worker_pb2.Work:
@@ -50,7 +51,8 @@ async def open_fleet(controller: StubController, prefill: int, decode: int) -> A
         yield fleet
     finally:
         running.cancel()
-        await asyncio.wait([running])
+        await asyncio.wait([running], timeout=DEADLINE_S)
+        assert running.done(), "the fleet does not end"
         await fleet.close()
 
 
@@ -113,7 +115,7 @@ async def test_a_fleet_over_two_processes_ends_whole_on_sigterm(tmp_path: Path) 
     async with stub_controller() as controller:
         command = f"-m simulator.fleet --controllers {controller.address} --config {config} --cost instant"
         shape = "--prefill 3 --decode 2 --processes 2"
-        process = await asyncio.create_subprocess_exec(sys.executable, *command.split(), *shape.split())
+        process = await asyncio.create_subprocess_exec(*tied([sys.executable, *command.split(), *shape.split()]))
         try:
             await controller.sessions(5)
             assert {worker_id.partition("-")[0] for worker_id in controller.workers} == {"f0", "f1"}
@@ -125,7 +127,8 @@ async def test_a_fleet_over_two_processes_ends_whole_on_sigterm(tmp_path: Path) 
         finally:
             if process.returncode is None:
                 process.kill()
-                await process.wait()
+                async with asyncio.timeout(DEADLINE_S):
+                    await process.wait()
 
 
 MODEL = {

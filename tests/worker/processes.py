@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.child_processes import REAP_S
+
 ROOT = Path(__file__).resolve().parents[2]
 MODELLED = "tests.worker.modelled_child"
 NATIVE = "worker.engine_main"
@@ -55,14 +57,15 @@ class WorkerProcess:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    async def exit_code(self, deadline_s: float = 10.0) -> int:
+    async def exit_code(self, deadline_s: float = 30.0) -> int:
         async with asyncio.timeout(deadline_s):
             return await self.process.wait()
 
     async def close(self) -> None:
         if self.process.returncode is None:
             self.process.kill()
-        await self.process.wait()
+        async with asyncio.timeout(REAP_S):
+            await self.process.wait()
 
 
 def alive(pid: int) -> bool:

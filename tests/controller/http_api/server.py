@@ -25,7 +25,7 @@ from tokenization.tokenizer import Tokenizer
 CONTEXT_TOKENS = 256
 MAX_BODY_BYTES = 64 * 1024
 KEEPALIVE_S = 0.2
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def serve(
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         server = uvicorn.Server(uvicorn.Config(app, loop="uvloop", http="httptools", log_config=None, access_log=False))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
             yield ApiServer(listener.getsockname()[1], generator, operations, model.tokenizer)
