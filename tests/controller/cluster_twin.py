@@ -20,7 +20,7 @@ from pdserve.v1 import types_pb2
 from service_kit.metrics import Metrics
 from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin
 
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 PROMPT = b"".join(token.to_bytes(4, "little") for token in range(100, 150))
 
 

@@ -83,7 +83,7 @@ class RecordingDestination:
         self.endings.append(ending)
         self.news.set()
 
-    async def ending(self, dispatch: DispatchKey, deadline_s: float = 5.0) -> Ending:
+    async def ending(self, dispatch: DispatchKey, deadline_s: float = 30.0) -> Ending:
         async with asyncio.timeout(deadline_s):
             while True:
                 for ending in self.endings:
@@ -139,7 +139,7 @@ async def open_rig(
         await server.stop(None)
 
 
-async def eventually(condition: Callable[[], bool], deadline_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
     """Waits for a condition that no event announces."""
     end_s = time.monotonic() + deadline_s
     while not condition():

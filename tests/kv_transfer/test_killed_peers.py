@@ -18,12 +18,15 @@ from kv_transfer.transports import open_transport
 from pdserve.errors import TransferFailed
 from pdserve.v1 import worker_pb2
 from service_kit.config import TransferConfig
+from tests.child_processes import REAP_S, tied
 from tests.kv_transfer.processes import CONFIG, GEOMETRY
 from tests.kv_transfer.rig import Rig, eventually, open_rig
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]  # real processes
 ROOT = Path(__file__).parents[2]
 KEY = DispatchKey(1, 1)
+START_S = 60.0
+NOTICED_S = 6.0  # by heartbeats at the latest, on a busy machine; the lease would take 10
 TOKENS = GEOMETRY.blocks * 16
 SETTINGS = TransferConfig.model_validate(CONFIG)
 TRANSPORTS = os.environ.get("PDSERVE_TEST_TRANSPORTS", "ucx,tcp").split(",")  # as in tests/contracts
@@ -40,25 +43,25 @@ async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
 
 
 async def spawn(module: str, *arguments: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", f"tests.kv_transfer.{module}", *arguments, stdout=asyncio.subprocess.PIPE, cwd=ROOT
-    )
+    command = tied([sys.executable, "-m", f"tests.kv_transfer.{module}", *arguments])
+    return await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
 
 
 async def line_of(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(START_S):
         return (await process.stdout.readline()).decode()
 
 
 async def end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.kill()
-    await process.wait()
+    async with asyncio.timeout(REAP_S):
+        await process.wait()
 
 
-@pytest.mark.parametrize(("sign", "bound_s"), [(signal.SIGKILL, 1.0), (signal.SIGSTOP, 2.5)])
-async def test_a_sender_lost_inside_its_transfer_is_fenced(rig: Rig, sign: signal.Signals, bound_s: float) -> None:
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_sender_lost_inside_its_transfer_is_fenced(rig: Rig, sign: signal.Signals) -> None:
     grant = rig.reserve(tuple(range(GEOMETRY.blocks)), TOKENS)
     process = await spawn("sender_process", rig.transport, rig.address, grant.SerializeToString().hex(), str(TOKENS))
     try:
@@ -66,8 +69,8 @@ async def test_a_sender_lost_inside_its_transfer_is_fenced(rig: Rig, sign: signa
         await eventually(lambda: any(rig.target.arena.blocks(0, 0, 1)), 30)
         os.kill(process.pid, sign)
         started_s = time.monotonic()
-        ending = await rig.destination.ending(KEY, deadline_s=8)
-        assert time.monotonic() - started_s < bound_s
+        ending = await rig.destination.ending(KEY)
+        assert time.monotonic() - started_s < NOTICED_S
         assert isinstance(ending.error, TransferFailed)
         landed = bytes(rig.target.arena.blocks(2, 0, GEOMETRY.blocks))
         if sign is signal.SIGSTOP:
@@ -78,9 +81,9 @@ async def test_a_sender_lost_inside_its_transfer_is_fenced(rig: Rig, sign: signa
         await end(process)
 
 
-@pytest.mark.parametrize(("sign", "bound_s"), [(signal.SIGKILL, 1.0), (signal.SIGSTOP, 2.5)])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_receiver_lost_inside_its_transfer_fails_the_handoff(
-    rig: Rig, sign: signal.Signals, bound_s: float
+    rig: Rig, sign: signal.Signals
 ) -> None:
     process = await spawn("receiver_process", rig.transport)
     try:
@@ -94,8 +97,9 @@ async def test_a_receiver_lost_inside_its_transfer_fails_the_handoff(
         await eventually(lambda: handoff._pusher.segments > 20, 30)
         os.kill(process.pid, sign)
         started_s = time.monotonic()
-        outcome = await handoff.outcome()
-        assert time.monotonic() - started_s < bound_s
+        async with asyncio.timeout(SETTINGS.lease_s * 2):
+            outcome = await handoff.outcome()
+        assert time.monotonic() - started_s < NOTICED_S
         assert isinstance(outcome.error, TransferFailed)
     finally:
         await end(process)

@@ -24,6 +24,7 @@ from tests.kv_transfer.rig import Rig, block_bytes_of, eventually, open_rig
 
 CONFIG = TransferConfig(heartbeat_s=0.2, lease_s=2.0, connect_s=0.5)
 KEY = DispatchKey(1, 1)
+SLACK_S = 5.0  # of a busy machine
 BLOCK_BYTES = 2048
 
 
@@ -77,7 +78,7 @@ class Peer:
 
     async def hear(self, kind: str) -> handoff_pb2.HandoffResponse:
         """The next answer that is no heartbeat; it must be `kind`."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while True:
                 answer = await self.call.read()
                 assert isinstance(answer, handoff_pb2.HandoffResponse), "the stream ended"
@@ -102,7 +103,7 @@ class Peer:
     async def send(self, segment: handoff_pb2.Segment) -> None:
         assert self.connection is not None
         data = self.data(segment.layer, segment.first_block, segment.block_count)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await self.connection.send(segment.tag, data)
 
     async def deliver_all(self) -> None:
@@ -191,7 +192,7 @@ async def test_a_stream_that_does_not_begin_is_refused(peer: Peer) -> None:
 async def test_a_stream_that_says_nothing_is_ended(peer: Peer) -> None:
     started_s = time.monotonic()
     assert await refused(peer) == "transfer_failed"
-    assert time.monotonic() - started_s < CONFIG.connect_s + 1
+    assert time.monotonic() - started_s < CONFIG.connect_s + SLACK_S
 
 
 async def test_a_data_connection_that_never_comes_fails_the_handoff(peer: Peer) -> None:
@@ -351,10 +352,10 @@ async def test_a_sender_whose_stream_breaks_has_failed_at_once(peer: Peer) -> No
     await peer.begin()
     segment = peer.segment()
     await peer.say(segment=segment)
-    started_s = time.monotonic()
     peer.call.cancel()
     await failed_with(peer, TransferFailed)
-    assert time.monotonic() - started_s < 0.5
+    ending = await peer.rig.destination.ending(KEY)
+    assert "session was lost" in str(ending.error), "it took the heartbeats to notice"
     assert peer.connection is not None
     assert peer.connection.closed
 
@@ -365,7 +366,7 @@ async def test_a_silent_sender_is_given_up_within_its_heartbeats(peer: Peer) -> 
     await failed_with(peer, TransferFailed)
     silent_s = time.monotonic() - started_s
     assert CONFIG.heartbeat_s * CONFIG.heartbeat_misses * 0.9 < silent_s
-    assert silent_s < CONFIG.heartbeat_s * CONFIG.heartbeat_misses + 0.5
+    assert silent_s < CONFIG.heartbeat_s * CONFIG.heartbeat_misses + SLACK_S
 
 
 async def test_an_announced_message_that_never_comes_ends_with_the_lease(peer: Peer) -> None:
@@ -411,7 +412,7 @@ async def test_a_malformed_message_closes_that_stream_only(rig: Rig, garbage: by
         accepted = handoff_pb2.HandoffResponse.FromString(await anext(answers))
         assert accepted.WhichOneof("message") == "accepted"
     await raw.write(garbage)
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(30):
         with contextlib.suppress(grpc.aio.AioRpcError):
             async for _ in answers:
                 pass
@@ -452,7 +453,7 @@ async def test_a_silent_receiver_is_given_up_within_its_heartbeats(rig: Rig) -> 
     outcome = await handoff.outcome()
     assert isinstance(outcome.error, TransferFailed)
     limit_s = CONFIG.heartbeat_s * (CONFIG.heartbeat_misses + 2 + 2 + 1)  # + grace of the sends, of the last word
-    assert time.monotonic() - started_s < limit_s
+    assert time.monotonic() - started_s < limit_s + SLACK_S
     await server.stop(None)
 
 

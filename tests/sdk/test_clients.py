@@ -101,9 +101,9 @@ def test_nobody_listening_is_unavailable_after_the_connect_deadline(serve: Serve
 def test_a_deadline_travels_and_ends_the_request(serve: ServerMaker, generate: Generate) -> None:
     server = serve(Script(hold=threading.Event()))
     with pytest.raises(errors.DeadlineExceeded):
-        generate(server.address, timeout_s=0.5)
+        generate(server.address, timeout_s=2.0)
     assert server.remaining_s[0] is not None
-    assert 0 < server.remaining_s[0] <= 0.5
+    assert 0 < server.remaining_s[0] <= 2.0
     assert server.script.hold is not None
     server.script.hold.set()
 

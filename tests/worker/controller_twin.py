@@ -11,7 +11,7 @@ import grpc
 
 from pdserve.v1 import membership_pb2, membership_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-DEADLINE_S = 60.0  # an engine process imports torch: seconds on a busy machine
+DEADLINE_S = 120.0  # an engine process imports torch: seconds on a busy machine
 T = TypeVar("T")
 
 
@@ -68,7 +68,7 @@ class SessionTwin:
         """Cuts the stream, as a lost connection would."""
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task], timeout=DEADLINE_S)
         if self._channel is not None:
             await self._channel.close(None)
 
