@@ -57,8 +57,8 @@ class Decoder:
     def post(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Residual stream after `layer`: attended [n, heads, head_dim] -> hidden [n, hidden]."""
         weights = self._weights.layers[layer]
-        hidden = hidden + weights.output(attended.reshape(len(hidden), -1))
-        return hidden + weights.mlp(self._norm(hidden, weights.post_norm))
+        hidden = weights.output.onto(hidden, attended.reshape(len(hidden), -1))
+        return weights.mlp.onto(hidden, self._norm(hidden, weights.post_norm))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [n, hidden] -> logits [n, vocab], float32."""

@@ -8,26 +8,27 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from engine.linear import Linear
-from engine.operations import Operations
+from engine.linear import Gated, Linear
 
 
 class FeedForward(Protocol):
-    """hidden [n, hidden], normalised -> [n, hidden], to be added to the residual stream."""
+    """hidden [n, hidden], normalised -> what it makes of it, added to the residual stream [n, hidden]."""
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def onto(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class GatedUnit:
-    """down(silu(gate) * up). gate_up: gate and up stacked."""
+    """down(silu(gate) * up)."""
 
-    gate_up: Linear
+    gate_up: Gated
     down: Linear
-    operations: Operations
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down(self.operations.gate(self.gate_up(hidden)))
+        return self.down(self.gate_up(hidden))
+
+    def onto(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down.onto(residual, self.gate_up(hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,9 @@ class Experts:
                 output.index_add_(0, rows, unit(hidden.index_select(0, rows)) * sorted_weights[part])
                 start += count
         return output
+
+    def onto(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return residual + self(hidden)
 
     def route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights in the compute dtype and numbers of the chosen experts, each [n, per_token]. The softmax is float32."""

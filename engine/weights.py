@@ -87,9 +87,8 @@ class WeightReader:
     def _unit(self, prefix: str, intermediate: int, bias: bool) -> GatedUnit:
         gate_up_parts = [(prefix + "gate_proj", intermediate), (prefix + "up_proj", intermediate)]
         return GatedUnit(
-            gate_up=self._linear(gate_up_parts, self._spec.hidden, bias),
+            gate_up=self._operations.gated(*self._stacked(gate_up_parts, self._spec.hidden, bias)),
             down=self._linear([(prefix + "down_proj", self._spec.hidden)], intermediate, bias),
-            operations=self._operations,
         )
 
     def _qk_norm(self, attention: str) -> torch.Tensor:
@@ -100,9 +99,14 @@ class WeightReader:
         return torch.cat([query, key])
 
     def _linear(self, parts: Sequence[tuple[str, int]], columns: int, bias: bool) -> Linear:
+        return self._operations.linear(*self._stacked(parts, columns, bias))
+
+    def _stacked(
+        self, parts: Sequence[tuple[str, int]], columns: int, bias: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight = torch.cat([self._tensor(f"{name}.weight", rows, columns) for name, rows in parts])
         biases = [self._tensor(f"{name}.bias", rows) for name, rows in parts] if bias else []
-        return self._operations.linear(weight, torch.cat(biases) if biases else None)
+        return weight, torch.cat(biases) if biases else None
 
     def _norm(self, name: str, count: int) -> torch.Tensor:
         return self._tensor(name, count).to(self._operations.dtype)

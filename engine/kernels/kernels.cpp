@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -127,19 +128,9 @@ static void norm_row(const float* x, long count, const float* weight, float eps,
   for (; i < count; i++) y[i] = weight[i] * (x[i] * factor);
 }
 
-// silu(gate) * up for one row of [gate, up].
-static void gate_row(const float* gate_up, long count, float* y) {
-  const float* up = gate_up + count;
-  for (long i = 0; i < count; i += LANES) {
-    float gates[LANES] = {}, ups[LANES] = {}, out[LANES];
-    const long here = std::min<long>(LANES, count - i);
-    std::memcpy(gates, gate_up + i, here * sizeof(float));
-    std::memcpy(ups, up + i, here * sizeof(float));
-    const Vec gate = load(gates), small = exp_negative(gate < Vec{} ? gate : -gate);
-    const Vec one = splat(1.0f);
-    store(out, gate * ((gate < Vec{} ? small : one) / (one + small)) * load(ups));
-    std::memcpy(y + i, out, here * sizeof(float));
-  }
+static inline __attribute__((always_inline)) Vec silu(Vec x) {
+  const Vec small = exp_negative(x < Vec{} ? x : -x), one = splat(1.0f);
+  return x * ((x < Vec{} ? small : one) / (one + small));
 }
 
 // Rotates the heads of one row by halves, in place.
@@ -156,59 +147,125 @@ static void rotate_row(float* heads, long count, long dim, const float* cosines,
 
 // ---- linear layers
 
-// ROWS x PANEL of y = x W^T + b; W packed as [k][PANEL].
+constexpr long LINE = 64;                   // bytes that memory gives at once
+constexpr long STRETCH = 1024;              // of a panel's length, at most: with the next one it lies in the second cache
+constexpr long SPLIT_ROWS = 128;            // rows that one pass over the weights takes, about: they stay in that cache
+constexpr long LEAST_SPLIT_ROWS = 48;       // where panels alone do not keep all threads busy
+constexpr long WIDEN_FROM_ROWS = 13;        // more than two row blocks: widening bfloat16 once pays
+constexpr long FETCH_UP_TO_ROWS = 4 * SPLIT_ROWS;  // more rows hide the way of the weights by themselves
+
+// What a linear layer does with its sums.
+enum Finish : int {
+  PLAIN = 0,
+  ADD = 1,   // to `onto`
+  GATE = 2,  // a panel's first half through silu, times its second half
+};
+
+struct Linear {
+  const float* x;     // [rows, k_count]
+  long rows, k_count;
+  const void* w;      // [panels][k_count][PANEL]
+  int half;           // bfloat16
+  int finish;         // Finish
+  const float* bias;  // [panels][PANEL] or null
+  const float* onto;  // [rows, columns]
+  float* y;           // [rows, columns]
+  long columns;
+};
+
+// Weights that are fetched while others are multiplied: memory and sums would else take turns.
+struct Stream {
+  const char *at, *end;
+  int burst;  // lines of every four steps along the panel
+
+  inline __attribute__((always_inline)) void fetch() {
+    for (int i = 0; i < burst && at < end; i++, at += LINE) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// sums [ROWS][PANEL] += ROWS rows of x times a stretch of a panel; `begin`: of 0 instead.
 template <int ROWS, typename Weight>
-static inline __attribute__((always_inline)) void panel_rows(const float* x, long x_stride, const Weight* w, long k_count,
-                                                             const float* bias, float* y, long y_stride, long columns) {
+static inline __attribute__((always_inline)) void stretch_rows(const float* x, long x_stride, const Weight* w, long count, bool begin,
+                                                               float* sums, Stream& next) {
   Vec sum[ROWS][WIDE];
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < WIDE; v++) sum[r][v] = Vec{};
-  for (long k = 0; k < k_count; k++) {
+    for (int v = 0; v < WIDE; v++) sum[r][v] = begin ? Vec{} : load(sums + r * PANEL + v * LANES);
+  const auto step = [&](long k) __attribute__((always_inline)) {
     Vec column[WIDE];
     for (int v = 0; v < WIDE; v++) column[v] = load(w + k * PANEL + v * LANES);
     for (int r = 0; r < ROWS; r++) {
-      Vec value = splat(x[r * x_stride + k]);
+      const Vec value = splat(x[r * x_stride + k]);
       for (int v = 0; v < WIDE; v++) sum[r][v] += value * column[v];
     }
+  };
+  long k = 0;
+  for (; k + 4 <= count; k += 4) {
+    next.fetch();
+    step(k);
+    step(k + 1);
+    step(k + 2);
+    step(k + 3);
   }
-  float line[PANEL];
-  for (int r = 0; r < ROWS; r++) {
-    for (int v = 0; v < WIDE; v++) store(line + v * LANES, sum[r][v]);
-    for (long c = 0; c < columns; c++) y[r * y_stride + c] = line[c] + (bias ? bias[c] : 0.0f);
-  }
+  for (; k < count; k++) step(k);
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < WIDE; v++) store(sums + r * PANEL + v * LANES, sum[r][v]);
 }
 
 template <typename Weight>
-static void panel(const float* x, long rows, const Weight* w, long k_count, const float* bias, float* y, long y_stride,
-                  long columns) {
-  long row = 0;
-  for (; row + GEMM_ROWS <= rows; row += GEMM_ROWS)
-    panel_rows<GEMM_ROWS>(x + row * k_count, k_count, w, k_count, bias, y + row * y_stride, y_stride, columns);
-  const float* rest = x + row * k_count;
-  float* out = y + row * y_stride;
-  switch (rows - row) {
-    case 1: panel_rows<1>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
-    case 2: panel_rows<2>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
-    case 3: panel_rows<3>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
-    case 4: panel_rows<4>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
-    case 5: panel_rows<5>(rest, k_count, w, k_count, bias, out, y_stride, columns); break;
+static void stretch(int rows, const float* x, long x_stride, const Weight* w, long count, bool begin, float* sums, Stream& next) {
+  switch (rows) {
+    case 1: return stretch_rows<1>(x, x_stride, w, count, begin, sums, next);
+    case 2: return stretch_rows<2>(x, x_stride, w, count, begin, sums, next);
+    case 3: return stretch_rows<3>(x, x_stride, w, count, begin, sums, next);
+    case 4: return stretch_rows<4>(x, x_stride, w, count, begin, sums, next);
+    case 5: return stretch_rows<5>(x, x_stride, w, count, begin, sums, next);
+    default: return stretch_rows<GEMM_ROWS>(x, x_stride, w, count, begin, sums, next);
   }
 }
 
-constexpr long ROWS_PER_TASK = 96;  // at least; more where panels alone keep the threads busy
-constexpr long WIDEN_FROM_ROWS = 13;  // more than two row blocks: widening the panel once pays
+// From the sums of one row in one panel to y.
+static void finish_row(const Linear& l, long row, long panel, float* sums) {
+  if (l.bias)
+    for (int c = 0; c < PANEL; c += LANES) store(sums + c, load(sums + c) + load(l.bias + panel * PANEL + c));
+  const long width = l.finish == GATE ? PANEL / 2 : PANEL, first = panel * width;
+  const long count = std::min(width, l.columns - first), place = row * l.columns + first;
+  if (l.finish == GATE)
+    for (int c = 0; c < width; c += LANES) store(sums + c, silu(load(sums + c)) * load(sums + width + c));
+  if (l.finish == ADD)
+    for (long c = 0; c < count; c++) sums[c] += l.onto[place + c];
+  std::memcpy(l.y + place, sums, count * sizeof(float));
+}
 
-static void linear_task(const float* x, long rows, const void* w, bool half, long k_count, const float* bias, float* y,
-                        long y_stride, long columns, std::vector<float>& scratch) {
-  if (!half) {
-    panel(x, rows, static_cast<const float*>(w), k_count, bias, y, y_stride, columns);
-  } else if (rows < WIDEN_FROM_ROWS) {
-    panel(x, rows, static_cast<const uint16_t*>(w), k_count, bias, y, y_stride, columns);
-  } else {
-    const uint16_t* narrow = static_cast<const uint16_t*>(w);
-    scratch.resize(k_count * PANEL);
-    for (long i = 0; i < k_count * PANEL; i += LANES) store(scratch.data() + i, load(narrow + i));
-    panel(x, rows, scratch.data(), k_count, bias, y, y_stride, columns);
+// Rows [first, end) of the columns of one panel. `ahead`: a panel follows that this thread will want next.
+static void linear_task(const Linear& l, long panel, long first, long end, bool ahead, std::vector<float>& sums,
+                        std::vector<float>& widened) {
+  const long stretches = (l.k_count + STRETCH - 1) / STRETCH, length = (l.k_count + stretches - 1) / stretches;
+  const long size = l.half ? 2 : 4, rows = end - first;
+  const char* w = static_cast<const char*>(l.w) + panel * l.k_count * PANEL * size;
+  const bool widen = l.half && rows >= WIDEN_FROM_ROWS, fetch = rows > GEMM_ROWS && rows <= FETCH_UP_TO_ROWS;
+  sums.resize((stretches > 1 ? rows : GEMM_ROWS) * PANEL);
+  for (long k = 0; k < l.k_count; k += length) {
+    const long count = std::min(length, l.k_count - k);
+    const char *here = w + k * PANEL * size, *after = here + count * PANEL * size;
+    const bool last = k + count == l.k_count;
+    const long follows = last ? (ahead ? std::min(length, l.k_count) : 0) : std::min(length, l.k_count - k - count);
+    Stream next{after, fetch ? after + follows * PANEL * size : after, 0};
+    if (widen) {
+      widened.resize(length * PANEL);
+      const uint16_t* narrow = reinterpret_cast<const uint16_t*>(here);
+      for (long i = 0; i < count * PANEL; i += LANES) store(widened.data() + i, load(narrow + i));
+    }
+    for (long row = first; row < end; row += GEMM_ROWS) {
+      const int taken = static_cast<int>(std::min<long>(GEMM_ROWS, end - row));
+      const float* x = l.x + row * l.k_count + k;
+      float* place = sums.data() + (stretches > 1 ? (row - first) * PANEL : 0);
+      next.burst = static_cast<int>((4 * PANEL * size / LINE * taken + rows - 1) / rows);
+      if (widen) stretch(taken, x, l.k_count, widened.data(), count, k == 0, place, next);
+      else if (l.half) stretch(taken, x, l.k_count, reinterpret_cast<const uint16_t*>(here), count, k == 0, place, next);
+      else stretch(taken, x, l.k_count, reinterpret_cast<const float*>(here), count, k == 0, place, next);
+      if (last)
+        for (int r = 0; r < taken; r++) finish_row(l, row + r, panel, place + r * PANEL);
+    }
   }
 }
 
@@ -757,21 +814,21 @@ int kernels_panel() { return PANEL; }
 int kernels_lanes() { return LANES; }
 int kernels_chunk() { return CHUNK; }
 
-// y [rows, columns] = x [rows, k_count] W^T + bias; w packed [panels][k_count][PANEL], `half`: bfloat16.
-void kernels_linear(const float* x, long rows, const void* w, int half, long k_count, const float* bias, float* y, long columns) {
-  const long panels = (columns + PANEL - 1) / PANEL, wanted = (4 * omp_get_max_threads() + panels - 1) / panels;
-  const long parts = std::max(1L, std::min(wanted, rows / ROWS_PER_TASK)), per_part = (rows + parts - 1) / parts;
-  const long panel_bytes = k_count * PANEL * (half ? 2 : 4);
+// Splits of rows come one after the other, the panels of each among the threads: threads read the same weights at about the same time.
+void kernels_linear(const Linear* given) {
+  const Linear& l = *given;
+  const long width = l.finish == GATE ? PANEL / 2 : PANEL, panels = (l.columns + width - 1) / width;
+  const long wanted = (2 * omp_get_max_threads() + panels - 1) / panels;
+  const long splits = std::max({1L, (l.rows + SPLIT_ROWS / 2) / SPLIT_ROWS, std::min(wanted, l.rows / LEAST_SPLIT_ROWS)});
+  const long per_split = ((l.rows + splits - 1) / splits + GEMM_ROWS - 1) / GEMM_ROWS * GEMM_ROWS;
 #pragma omp parallel
   {
-    std::vector<float> scratch;
-#pragma omp for schedule(static)
-    for (long task = 0; task < panels * parts; task++) {
-      const long p = task / parts, row = task % parts * per_part;
-      if (row >= rows) continue;
-      linear_task(x + row * k_count, std::min(per_part, rows - row), static_cast<const char*>(w) + p * panel_bytes, half,
-                  k_count, bias ? bias + p * PANEL : nullptr, y + row * columns + p * PANEL, columns,
-                  std::min<long>(PANEL, columns - p * PANEL), scratch);
+    std::vector<float> sums, widened;
+    const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), tasks = panels * splits;
+    const long stop = tasks * (thread + 1) / threads;
+    for (long task = tasks * thread / threads; task < stop; task++) {
+      const long panel = task % panels, first = task / panels * per_split, end = std::min(first + per_split, l.rows);
+      if (first < end) linear_task(l, panel, first, end, task + 1 < stop && panel + 1 < panels, sums, widened);
     }
   }
 }
@@ -782,12 +839,6 @@ void kernels_norm(const float* x, long rows, long stride, long count, const floa
   for (long row = 0; row < rows; row++)
     for (long w = 0; w < weights; w++)
       norm_row(x + row * stride + w * count, count, weight + w * count, eps, y + (row * weights + w) * count);
-}
-
-// y [rows, count] = silu(gate) * up; gate_up [rows, 2 * count].
-void kernels_gate(const float* gate_up, long rows, long count, float* y) {
-#pragma omp parallel for if (rows >= ROWS_FOR_THREADS)
-  for (long row = 0; row < rows; row++) gate_row(gate_up + row * 2 * count, count, y + row * count);
 }
 
 // Rotates heads [rows, count, dim] in place, rows `stride` apart; cos_sin [rows, dim]: cosines, then sines.

@@ -10,7 +10,23 @@ import torch
 
 from engine.kernels.build import INSTRUCTION_SETS, library_path
 
+_PLAIN, _ADD, _GATE = range(3)  # enum Finish of kernels.cpp
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # enum Element of kernels.cpp
+
+
+class _Linear(ctypes.Structure):
+    """struct Linear of kernels.cpp."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("rows", ctypes.c_long),
+        ("k_count", ctypes.c_long),
+        ("w", ctypes.c_void_p),
+        ("half", ctypes.c_int),
+        ("finish", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("bias", "onto", "y")),
+        ("columns", ctypes.c_long),
+    )
 
 
 class _Attention(ctypes.Structure):
@@ -64,6 +80,15 @@ class AttentionTasks:
     slot_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """packed: [panels, k, panel]; bias: [panels, panel] float32; both zero-padded. columns: of the result."""
+
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+    columns: int
+
+
 class Kernels:
     """`panel`: columns of a packed weight's panel; `lanes`: head dimensions must be multiples of it; `chunk`: keys of a partial."""
 
@@ -74,25 +99,46 @@ class Kernels:
         self.lanes = int(library.kernels_lanes())
         self.chunk = int(library.kernels_chunk())
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """[columns, k] float32 or bfloat16 -> [panels, k, panel], zero-padded."""
-        columns, k_count = weight.shape
-        panels = -(-columns // self.panel)
-        padded = torch.zeros(panels * self.panel, k_count, dtype=weight.dtype)
-        padded[:columns] = weight
-        return padded.view(panels, self.panel, k_count).transpose(1, 2).contiguous()
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """weight: [columns, k] float32 or bfloat16; bias: [columns]."""
+        packed = _panels(weight, self.panel).transpose(1, 2).contiguous()
+        return PackedLinear(packed, None if bias is None else _panels(bias.float(), self.panel), len(weight))
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, columns: int) -> torch.Tensor:
-        """x [rows, k] float32 -> [rows, columns] float32."""
+    def pack_gated(self, gate_up: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """gate_up: [2 * columns, k], the gate's rows and then as many of what it gates. Half a panel is of either."""
+        packed = self._halves(gate_up).transpose(1, 2).contiguous()
+        return PackedLinear(packed, None if bias is None else self._halves(bias.float()), len(gate_up) // 2)
+
+    def _halves(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return torch.cat([_panels(half, self.panel // 2) for half in gate_up.chunk(2)], 1)
+
+    def linear(self, x: torch.Tensor, weights: PackedLinear) -> torch.Tensor:
+        """x [rows, k] float32 -> x W^T + b [rows, columns] float32."""
+        return self._linear(x, weights, _PLAIN, None)
+
+    def linear_onto(self, onto: torch.Tensor, x: torch.Tensor, weights: PackedLinear) -> torch.Tensor:
+        """onto [rows, columns] + x W^T + b, float32. `onto` stays what it is."""
+        assert onto.is_contiguous()
+        assert onto.dtype == torch.float32
+        assert onto.shape == (len(x), weights.columns)
+        return self._linear(x, weights, _ADD, onto)
+
+    def gated(self, x: torch.Tensor, weights: PackedLinear) -> torch.Tensor:
+        """With weights of `pack_gated`: silu(x G^T) * (x U^T) [rows, columns], float32."""
+        return self._linear(x, weights, _GATE, None)
+
+    def _linear(self, x: torch.Tensor, weights: PackedLinear, finish: int, onto: torch.Tensor | None) -> torch.Tensor:
         x = x.contiguous()
         rows, k_count = x.shape
         assert x.dtype == torch.float32
-        assert packed.shape[1] == k_count
-        out = torch.empty(rows, columns)
-        self._library.kernels_linear(
-            _pointer(x), _long(rows), _pointer(packed), _ELEMENTS[packed.dtype], _long(k_count),
-            _pointer(bias) if bias is not None else None, _pointer(out), _long(columns),
+        assert weights.packed.shape[1] == k_count
+        out = torch.empty(rows, weights.columns)
+        call = _Linear(
+            x.data_ptr(), rows, k_count, weights.packed.data_ptr(), _ELEMENTS[weights.packed.dtype], finish,
+            weights.bias.data_ptr() if weights.bias is not None else None,
+            onto.data_ptr() if onto is not None else None, out.data_ptr(), weights.columns,
         )  # fmt: skip
+        self._library.kernels_linear(ctypes.byref(call))
         return out
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -105,13 +151,6 @@ class Kernels:
             _pointer(x), _long(len(x)), _long(x.stride(0)), _long(x.shape[-1]), _pointer(weight.contiguous()),
             _long(1 if x.dim() == 2 else x.shape[1]), ctypes.c_float(eps), _pointer(out),
         )  # fmt: skip
-        return out
-
-    def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[rows, 2 * count] contiguous float32 -> silu(first half) * second half [rows, count]."""
-        assert gate_up.is_contiguous()
-        out = torch.empty(len(gate_up), gate_up.shape[1] // 2)
-        self._library.kernels_gate(_pointer(gate_up), _long(len(out)), _long(out.shape[1]), _pointer(out))
         return out
 
     def rotate(self, heads: torch.Tensor, cos_sin: torch.Tensor) -> None:
@@ -159,6 +198,14 @@ class Kernels:
             len(tasks.merged_rows),
         )
         return output
+
+
+def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:
+    """[columns, ...] -> [panels, width, ...], zero-padded."""
+    panels = -(-len(weight) // width)
+    padded = torch.zeros(panels * width, *weight.shape[1:], dtype=weight.dtype)
+    padded[: len(weight)] = weight
+    return padded.view(panels, width, *weight.shape[1:])
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

@@ -46,9 +46,7 @@ def case(per_token: int, *, normalised: bool, dtype: torch.dtype = torch.float32
     torch_ops = TorchOperations(dtype)
     router = weight(COUNT, HIDDEN)
     pairs = [(weight(2 * WIDE, HIDDEN), weight(HIDDEN, WIDE)) for _ in range(COUNT)]
-    units = tuple(
-        GatedUnit(torch_ops.linear(gate_up, None), torch_ops.linear(down, None), torch_ops) for gate_up, down in pairs
-    )
+    units = tuple(GatedUnit(torch_ops.gated(gate_up, None), torch_ops.linear(down, None)) for gate_up, down in pairs)
     return Case(Experts(torch_ops.linear(router, None), units, per_token, normalised), router, pairs)
 
 

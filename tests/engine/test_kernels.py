@@ -41,40 +41,62 @@ def test_the_best_library_of_the_machine_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("k_count", "columns"), [(1, 1), (7, 5), (96, 160), (160, 97), (768, 1280)])
+@pytest.mark.parametrize(("k_count", "columns"), [(1, 1), (7, 5), (96, 160), (160, 97), (768, 1280), (2100, 70)])
 def test_a_linear_layer_is_that_of_float64(kernels: Kernels, k_count: int, columns: int, dtype: torch.dtype) -> None:
     torch.manual_seed(columns)
-    weight, bias = (torch.randn(columns, k_count) / k_count**0.5).to(dtype), torch.randn(columns)
-    packed = kernels.pack(weight)
+    weight, bias = (torch.randn(columns, k_count) / k_count**0.5).to(dtype), torch.randn(columns).to(dtype)
+    packed = kernels.pack(weight, bias)
     for rows in (1, 2, 5, 6, 7, 13, 97, 300):
-        x = torch.randn(rows, k_count)
+        x, onto = torch.randn(rows, k_count), torch.randn(rows, columns)
         wanted = x.double() @ weight.double().T + bias
-        got = kernels.linear(x, packed, bias, columns).double()
-        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(kernels.linear(x, packed).double(), wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(kernels.linear_onto(onto, x, packed).double(), onto + wanted, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_of_a_linear_layer_has_the_same_bits_in_every_batch(kernels: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("k_count", "columns"), [(1, 1), (7, 5), (96, 80), (160, 97), (1100, 200)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_gated_layer_is_that_of_float64(
+    kernels: Kernels, k_count: int, columns: int, dtype: torch.dtype, biased: bool
+) -> None:
+    torch.manual_seed(columns)
+    weight = (torch.randn(2 * columns, k_count) * 8 / k_count**0.5).to(dtype)
+    bias = torch.randn(2 * columns).to(dtype) if biased else None
+    packed = kernels.pack_gated(weight, bias)
+    for rows in (1, 3, 6, 13, 97, 200):
+        x = torch.randn(rows, k_count)
+        gate, up = (x.double() @ weight.double().T + (0 if bias is None else bias)).chunk(2, dim=-1)
+        wanted = torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(kernels.gated(x, packed).double(), wanted, atol=1e-3, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k_count", [200, 1100, 2500])
+def test_a_row_of_a_linear_layer_has_the_same_bits_in_every_batch(
+    kernels: Kernels, k_count: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(1)
-    packed = kernels.pack(torch.randn(300, 200).to(dtype))
-    x = torch.randn(250, 200)
-    together = kernels.linear(x, packed, None, 300)
-    for first, count in ((0, 1), (3, 2), (10, 5), (100, 6), (77, 12), (50, 13), (0, 97), (249, 1)):
-        assert torch.equal(kernels.linear(x[first : first + count], packed, None, 300), together[first : first + count])
+    weight = torch.randn(300, k_count).to(dtype) / k_count**0.5
+    packed, gated = kernels.pack(weight, None), kernels.pack_gated(weight, None)
+    x, onto = torch.randn(450, k_count), torch.randn(450, 300)
+    together = kernels.linear(x, packed), kernels.linear_onto(onto, x, packed), kernels.gated(x, gated)
+    assert torch.equal(together[1], onto + together[0])
+    for first, count in ((0, 1), (3, 2), (10, 5), (100, 6), (77, 12), (50, 13), (0, 97), (90, 200), (449, 1)):
+        rows = slice(first, first + count)
+        assert torch.equal(kernels.linear(x[rows], packed), together[0][rows])
+        assert torch.equal(kernels.linear_onto(onto[rows], x[rows], packed), together[1][rows])
+        assert torch.equal(kernels.gated(x[rows], gated), together[2][rows])
 
 
 # ---- small operations
 
 
-def test_norms_gates_and_rotations_are_those_of_float64(kernels: Kernels) -> None:
+def test_norms_and_rotations_are_those_of_float64(kernels: Kernels) -> None:
     torch.manual_seed(2)
     for rows, count in ((1, 96), (40, 97)):
         x, weight = torch.randn(rows, count) * 3, torch.randn(count)
         wanted = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
         torch.testing.assert_close(kernels.norm(x, weight, 1e-6).double(), wanted, atol=1e-5, rtol=1e-5)
-        gate_up = torch.randn(rows, 2 * count) * 20
-        wanted = torch.nn.functional.silu(gate_up[:, :count].double()) * gate_up[:, count:]
-        torch.testing.assert_close(kernels.gate(gate_up).double(), wanted, atol=1e-4, rtol=1e-5)
     wide, weight = torch.randn(20, 9, 32), torch.randn(6, 32)
     heads = wide[:, :6]
     wanted = heads.double() / (heads.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
