@@ -82,9 +82,7 @@ async def test_a_sender_lost_inside_its_transfer_is_fenced(rig: Rig, sign: signa
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
-async def test_a_receiver_lost_inside_its_transfer_fails_the_handoff(
-    rig: Rig, sign: signal.Signals
-) -> None:
+async def test_a_receiver_lost_inside_its_transfer_fails_the_handoff(rig: Rig, sign: signal.Signals) -> None:
     process = await spawn("receiver_process", rig.transport)
     try:
         address, grant_hex = (await line_of(process)).split()
