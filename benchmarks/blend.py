@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.engine_driver import EngineDriver
 from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_random_llama
-from benchmarks.report import Measurement, Mode, Result, compare, result, table, write_result
+from benchmarks.report import Measurement, Mode, Result, compare, result
 from benchmarks.shared_prefix import alternate
 from engine.blend import BlendPass, BlendPrompt
 from engine.blend_selection import Blend, Epic, Recipe
@@ -108,13 +108,10 @@ def run(mode: Mode, threads: int) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Time to the first token with chunks reused, against a whole prefill.")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = benchmark_parser("Time to the first token with chunks reused, against a whole prefill.")
+    add_threads(parser)
     given = parser.parse_args(arguments)
-    measured = run("full" if given.full else "quick", given.threads)
-    write_result(measured)
-    print(table(measured))
+    publish(run(mode_of(given), given.threads))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
+from benchmarks.command import benchmark_parser, mode_of, publish
+from benchmarks.report import Measurement, Mode, Result, compare, measure, result
 from engine.blend import BlendPass, BlendPrompt
 from engine.blend_selection import Blend, Epic, Recipe
 from engine.chunk_kv import ChunkIsolation, PlacedChunk
@@ -127,12 +127,9 @@ def run(mode: Mode) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Accuracy with chunks reused, against a whole prefill.")
-    parser.add_argument("--full", action="store_true")
+    parser = benchmark_parser("Accuracy with chunks reused, against a whole prefill.")
     given = parser.parse_args(arguments)
-    measured = run("full" if given.full else "quick")
-    write_result(measured)
-    print(table(measured))
+    publish(run(mode_of(given)))
 
 
 if __name__ == "__main__":

@@ -8,20 +8,18 @@ prefix of it was ever computed. Loading is part of the time: it comes before the
 
 from __future__ import annotations
 
-import argparse
 import random
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.live_cluster import LiveCluster, live_cluster
-from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_random_llama
-from benchmarks.report import Measurement, Mode, Result, compare, result, table, write_result
-from benchmarks.tiers import PAGE_TOKENS, SHIPPED, settle
+from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_served_llama
+from benchmarks.report import Measurement, Mode, Result, compare, result
+from benchmarks.tiers import PAGE_TOKENS, settle
 
 CHUNK_TOKENS, QUESTION_TOKENS = 256, 32
 RATIO = 0.15
@@ -113,9 +111,7 @@ def measure_tokens(model: Path, tokens: int, rounds: int, threads: int) -> list[
 def run(mode: Mode, threads: int) -> Result:
     rows: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="pdserve-model-") as folder:
-        model = write_random_llama(Path(folder) / "model")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(SHIPPED / name, model)
+        model = write_served_llama(Path(folder) / "model")
         for tokens in TOKENS[mode]:
             rows += measure_tokens(model, tokens, ROUNDS[mode], threads)
     settings: dict[str, str | int | float | bool] = {
@@ -128,16 +124,12 @@ def run(mode: Mode, threads: int) -> Result:
     return result("blend_served", mode, settings, rows)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.blend_served")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--threads", type=int, default=2, help="of each engine")
-    options = parser.parse_args(arguments)
-    measured = run("full" if options.full else "quick", options.threads)
-    print(table(measured))
-    print(f"written to {write_result(measured)}")
-    return 0
+def main(arguments: list[str] | None = None) -> None:
+    parser = benchmark_parser("Time to the first token of blended prompts through the whole stack.")
+    add_threads(parser)
+    given = parser.parse_args(arguments)
+    publish(run(mode_of(given), given.threads))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,7 +6,6 @@ release. No KV is moved: this counts what is found, in pages of 512 tokens; a re
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.block_trace import BLOCK_TOKENS, Request, Trace, belady_hits, read_traces, unbounded_hits
+from benchmarks.command import benchmark_parser, mode_of, publish
 from benchmarks.report import (
     RESULTS,
     Measurement,
@@ -25,8 +25,6 @@ from benchmarks.report import (
     measure,
     read_result,
     result,
-    table,
-    write_result,
 )
 from kv_store.eviction import EvictionPolicy
 from kv_store.page import Page, PageId
@@ -217,15 +215,12 @@ def run(mode: Mode, folder: Path) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Eviction policies on request traces.")
+    parser = benchmark_parser("Eviction policies on request traces.")
     parser.add_argument("--traces", type=Path, default=os.environ.get(TRACES_VARIABLE), help="folder of *_trace.jsonl")
-    parser.add_argument("--full", action="store_true")
     given = parser.parse_args(arguments)
     if given.traces is None:
         parser.error(f"no traces: give --traces DIR or set {TRACES_VARIABLE}")
-    measured = run("full" if given.full else "quick", Path(given.traces))
-    write_result(measured)
-    print(table(measured))
+    publish(run(mode_of(given), Path(given.traces)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ for a prompt alone, so it holds queueing in the workers too, wherever several pr
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,10 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.command import benchmark_parser, mode_of, publish
 from benchmarks.load import LoadReport
 from benchmarks.modelled_cluster import FleetShape, ModelledCluster, modelled_cluster
-from benchmarks.report import Measurement, Mode, Result, measure, result, table, write_result
+from benchmarks.report import Measurement, Mode, Result, measure, result
 from simulator.cost_model import PRESETS
 
 MODEL_DIR = Path(__file__).parent.parent / "models" / "pdserve-tiny"
@@ -111,12 +111,9 @@ def run(mode: Mode) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Overhead of the controller over modelled workers.")
-    parser.add_argument("--full", action="store_true")
+    parser = benchmark_parser("Overhead of the controller over modelled workers.")
     given = parser.parse_args(arguments)
-    measured = run("full" if given.full else "quick")
-    write_result(measured)
-    print(table(measured))
+    publish(run(mode_of(given)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ where the file system allows it, with as many fdatasync; it hashes, copies and r
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import mmap
 import os
@@ -17,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
+from benchmarks.command import benchmark_parser, mode_of, publish
+from benchmarks.report import Measurement, Mode, Result, compare, measure, result
 from kv_store.disk.device import File
 from kv_store.disk.disk_tier import DiskTier
 from kv_store.disk.layout import DiskLimits
@@ -206,14 +205,10 @@ def run(mode: Mode, folder: Path) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="The disk tier against plain file I/O, and its restart.")
-    parser.add_argument("--full", action="store_true")
+    parser = benchmark_parser("The disk tier against plain file I/O, and its restart.")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
-    parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
     given = parser.parse_args(arguments)
-    measured = run("full" if given.full else "quick", given.folder or Path(tempfile.gettempdir()))
-    write_result(measured)
-    print(table(measured) if given.output == "table" else msgspec.json.encode(measured).decode())
+    publish(run(mode_of(given), given.folder or Path(tempfile.gettempdir())))
 
 
 if __name__ == "__main__":

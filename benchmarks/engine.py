@@ -6,16 +6,16 @@ tables, sampling, events), the peer's is the bare forward pass and an argmax. `b
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import torch
 
+from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.engine_driver import Device, Dtype
 from benchmarks.our_engine import OurEngine
 from benchmarks.random_model import DESCRIPTION, write_random_llama
-from benchmarks.report import Mode, Result, compare, result, table, write_result
+from benchmarks.report import Mode, Result, compare, result
 from benchmarks.rounds import DECODE_CONTEXT, Effort, decode_ms, prefill_rates
 from benchmarks.transformers_peer import TransformersPeer
 
@@ -50,14 +50,11 @@ def run(mode: Mode, threads: int, dtype: Dtype, device: Device = "cpu") -> Resul
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Engine against transformers.")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = benchmark_parser("Engine against transformers.")
+    add_threads(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     given = parser.parse_args(arguments)
-    measured = run("full" if given.full else "quick", given.threads, given.dtype)
-    write_result(measured)
-    print(table(measured))
+    publish(run(mode_of(given), given.threads, given.dtype))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ checksums on:
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import time
@@ -22,11 +21,12 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.handoff_destination import Setup
 from benchmarks.handoff_source import HandoffSource, handoff_source
 from benchmarks.native_link import open_native_link
 from benchmarks.random_model import LLAMA_100M, write_random_llama
-from benchmarks.report import Measurement, Mode, Result, compare, result, table, write_result
+from benchmarks.report import Measurement, Mode, Result, compare, result
 from engine.protocol import (
     ClearPrefixCache,
     Dispatch,
@@ -264,13 +264,10 @@ async def run(mode: Mode, threads: int, transports: Sequence[str] = TRANSPORTS) 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Hand-off of KV between two processes.")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = benchmark_parser("Hand-off of KV between two processes.")
+    add_threads(parser)
     given = parser.parse_args(arguments)
-    measured = uvloop.run(run("full" if given.full else "quick", given.threads))
-    write_result(measured)
-    print(table(measured))
+    publish(uvloop.run(run(mode_of(given), given.threads)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ machine had to do with it.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import subprocess
@@ -24,9 +23,10 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.command import benchmark_parser, mode_of, publish
 from benchmarks.live_cluster import live_cluster
 from benchmarks.load import LoadReport
-from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
+from benchmarks.report import Measurement, Mode, Result, compare, measure, result
 
 STREAMS, PROMPT, OUTPUT = 4, 64, 600
 LONG_CLIENTS, LONG_PROMPT = 2, 3000
@@ -179,12 +179,9 @@ def run(mode: Mode) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Latency of running streams while long prompts arrive.")
-    parser.add_argument("--full", action="store_true")
+    parser = benchmark_parser("Latency of running streams while long prompts arrive.")
     given = parser.parse_args(arguments)
-    measured = run("full" if given.full else "quick")
-    write_result(measured)
-    print(table(measured))
+    publish(run(mode_of(given)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.engine_driver import Dtype
 from benchmarks.floors import GemmFloor, MemoryFloor, bare_linear, has_prepacking, prepacked_linear
 from benchmarks.llama_peer import llama_program
@@ -26,7 +27,7 @@ from benchmarks.openvino_peer import openvino_program
 from benchmarks.our_engine import OurEngine
 from benchmarks.peer_process import PeerProcess, PeerProgram, Setting, has_module, peer_python
 from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_random_llama
-from benchmarks.report import Better, Measurement, Mode, Result, compare, result, table, write_result
+from benchmarks.report import Better, Measurement, Mode, Result, compare, result
 from benchmarks.rounds import DECODE_CONTEXT, Effort, decode_ms, prefill_rates, random_prompt
 from benchmarks.transformers_peer import TransformersPeer
 from benchmarks.vllm_peer import VllmOptions, vllm_program
@@ -177,9 +178,8 @@ def core_list(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Engine against others, beside the floors.")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = benchmark_parser("Engine against others, beside the floors.")
+    add_threads(parser)
     parser.add_argument("--cores", type=core_list, help=argparse.SUPPRESS)  # what the bound program is begun with
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be given twice; default: both")
     parser.add_argument("--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner")
@@ -199,10 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name in PEER_MODULES.keys() - peers.keys():
         print(absence(name), flush=True)
-    plan = Plan("full" if given.full else "quick", tuple(given.cores), peers, given.vllm_eager)
-    measured = run(plan, given.dtype or DTYPES)
-    write_result(measured)
-    print(table(measured))
+    plan = Plan(mode_of(given), tuple(given.cores), peers, given.vllm_eager)
+    publish(run(plan, given.dtype or DTYPES))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class LlamaShape:
         return sum(math.prod(size) for _, size in _tensors(self))
 
 
+SHIPPED = Path(__file__).parent.parent / "models" / "pdserve-tiny"
 LLAMA_100M = LlamaShape()
 DESCRIPTION = "random Llama, 12 layers, hidden 768, 12/4 heads of 64, ffn 2048, vocabulary 32,000, tied"
 
@@ -49,6 +51,14 @@ def write_random_llama(folder: Path, shape: LlamaShape = LLAMA_100M, seed: int =
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(shape), indent=1))
+    return folder
+
+
+def write_served_llama(folder: Path) -> Path:
+    """With the tokenizer of the shipped model: prompts are token ids, but a cluster serves no model without one."""
+    write_random_llama(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHIPPED / name, folder)
     return folder
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import time
@@ -15,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.engine_driver import EngineDriver
 from benchmarks.random_model import LLAMA_100M, write_random_llama
-from benchmarks.report import Measurement, Mode, Result, compare, result, table, write_result
+from benchmarks.report import Measurement, Mode, Result, compare, result
 from engine.attention_plan import Cut, Reader, plan
 from engine.kernel_attention import task_arrays
 from engine.kernels.library import AttentionTasks, Kernels, load_kernels
@@ -123,13 +123,10 @@ def run(mode: Mode, threads: int) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Attention over shared prefixes, with and without sharing.")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = benchmark_parser("Attention over shared prefixes, with and without sharing.")
+    add_threads(parser)
     given = parser.parse_args(arguments)
-    measured = run("full" if given.full else "quick", given.threads)
-    write_result(measured)
-    print(table(measured))
+    publish(run(mode_of(given), given.threads))
 
 
 if __name__ == "__main__":

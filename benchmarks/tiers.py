@@ -7,26 +7,23 @@ disk. Where a prompt came from follows from the order of asking; that it was not
 
 from __future__ import annotations
 
-import argparse
 import random
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.live_cluster import LiveCluster, live_cluster
-from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_random_llama
-from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
+from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_served_llama
+from benchmarks.report import Measurement, Mode, Result, compare, measure, result
 
 PAGE_TOKENS = 16
 ON_DEVICE, IN_HOST = 2, 5  # prompts that the device and the host tier hold, a little more than that
 PROMPTS: dict[Mode, int] = {"quick": 8, "full": 12}
 TOKENS: dict[Mode, Sequence[int]] = {"quick": (1024,), "full": (1024, 4096)}
 SETTLE_S = 60.0
-SHIPPED = Path(__file__).parents[1] / "models" / "pdserve-tiny"
 Prompt = list[int]
 
 
@@ -138,25 +135,19 @@ def measurements(tokens: int, times: Times) -> list[Measurement]:
 def run(mode: Mode, threads: int) -> Result:
     rows: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="pdserve-model-") as folder:
-        model = write_random_llama(Path(folder) / "model")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(SHIPPED / name, model)  # prompts are token ids, but a cluster serves no model without one
+        model = write_served_llama(Path(folder) / "model")
         for tokens in TOKENS[mode]:
             rows += measurements(tokens, measure_tokens(model, tokens, PROMPTS[mode], threads))
     settings: dict[str, str | int | float | bool] = {"model": DESCRIPTION, "threads": threads, "prompts": PROMPTS[mode]}
     return result("tiers", mode, settings, rows)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--threads", type=int, default=2, help="of each engine")
-    options = parser.parse_args(arguments)
-    measured = run("full" if options.full else "quick", options.threads)
-    print(table(measured))
-    print(f"written to {write_result(measured)}")
-    return 0
+def main(arguments: list[str] | None = None) -> None:
+    parser = benchmark_parser("Time to the first token of long prompts, loaded from the tiers or computed.")
+    add_threads(parser)
+    given = parser.parse_args(arguments)
+    publish(run(mode_of(given), given.threads))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,7 +6,6 @@ session, checksums on both sides, commit; GB/s there are from its start to its e
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import secrets
 import sys
@@ -15,12 +14,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Literal
 
-import msgspec
 import uvloop
 
+from benchmarks.command import benchmark_parser, mode_of, publish
 from benchmarks.handoff_destination import Setup
 from benchmarks.handoff_source import HandoffSource, handoff_source
-from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
+from benchmarks.report import Measurement, Mode, Result, compare, measure, result
 from kv_transfer.arena import Arena, ArenaShape
 from kv_transfer.transport import Connection
 from kv_transfer.transports import open_transport
@@ -175,13 +174,9 @@ async def run(mode: Mode) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="KV bytes between two processes, against memcpy.")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    parser = benchmark_parser("KV bytes between two processes, against memcpy.")
     given = parser.parse_args(arguments)
-    measured = uvloop.run(run("full" if given.full else "quick"))
-    write_result(measured)
-    print(table(measured) if given.output == "table" else msgspec.json.encode(measured).decode())
+    publish(uvloop.run(run(mode_of(given))))
 
 
 if __name__ == "__main__":

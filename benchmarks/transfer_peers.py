@@ -6,7 +6,6 @@ Mooncake take part where `make peers-setup` put them under build/.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,9 +16,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.command import benchmark_parser, mode_of, publish
 from benchmarks.decode_load import BATCH, THREADS
 from benchmarks.peer_process import PEERS, ROOT, peer_python
-from benchmarks.report import Measurement, Mode, Result, compare, measure, result, table, write_result
+from benchmarks.report import Measurement, Mode, Result, compare, measure, result
 from benchmarks.transfer import memcpy_gb_s
 from benchmarks.transfer_child import MESSAGE_BYTES, MESSAGES, TOTAL_BYTES
 from kv_transfer.arena import Arena, ArenaShape
@@ -209,12 +209,9 @@ def run(mode: Mode) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="KV bytes between two processes, beside NIXL and Mooncake.")
-    parser.add_argument("--full", action="store_true")
+    parser = benchmark_parser("KV bytes between two processes, beside NIXL and Mooncake.")
     given = parser.parse_args(arguments)
-    measured = run("full" if given.full else "quick")
-    write_result(measured)
-    print(table(measured))
+    publish(run(mode_of(given)))
 
 
 if __name__ == "__main__":
