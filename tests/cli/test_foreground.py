@@ -18,6 +18,7 @@ from pdserve.cli.cluster_state import running_state
 from pdserve.local_process import LocalProcess, children_of
 from tests.child_processes import end, tied
 from tests.cli.test_commands import PDSERVE, run
+from tests.e2e.cluster import SMALL
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ class Foreground:
 @pytest.fixture
 def foreground(tmp_path: Path) -> Iterator[Foreground]:
     state_dir = tmp_path / "state"
-    command = [PDSERVE, "up", "--port", "0", "--state-dir", str(state_dir)]
+    command = [PDSERVE, "up", "--port", "0", "--state-dir", str(state_dir), *SMALL]
     popen = subprocess.Popen(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     running = Foreground(state_dir, popen)
     reader = threading.Thread(target=running.read, daemon=True)

@@ -19,7 +19,8 @@ from tests.child_processes import end, tied, when_we_end
 PDSERVE = str(Path(sys.executable).parent / "pdserve")
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 120.0  # longer than `down` drains and kills
-SMALL_TIERS = ("--set", "store.host_bytes=33554432")  # many clusters run side by side
+# Many clusters run side by side: pools that are shares of the free memory would find none left.
+SMALL = ("--set", "store.host_bytes=33554432", "--set", "engine.kv_bytes=134217728")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Cluster:
     def __init__(self, state_dir: Path, *flags: str) -> None:
         self.state_dir = state_dir
         self._keeper = when_we_end([PDSERVE, "down", "--now", "--state-dir", str(state_dir)])
-        answer = run_cli(state_dir, "up", "--detach", "-o", "json", "--port", "0", *SMALL_TIERS, *flags)
+        answer = run_cli(state_dir, "up", "--detach", "-o", "json", "--port", "0", *SMALL, *flags)
         if answer.returncode != 0:
             logs = "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in state_dir.glob("logs/*"))
             self._end()
