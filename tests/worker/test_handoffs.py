@@ -205,30 +205,20 @@ async def test_a_grant_of_another_dispatch_fails_the_prefill_and_both_sides_are_
     await pair.all_free()
 
 
-async def test_the_prefill_worker_says_so_when_the_decode_worker_dies_before_the_hand_off_ended(
-    controller: ControllerTwin, start_worker: StartWorker
+@pytest.mark.parametrize("dying", ["prefill", "decode"])
+async def test_a_worker_says_so_when_the_other_one_dies_before_the_hand_off_ended(
+    controller: ControllerTwin, start_worker: StartWorker, dying: str
 ) -> None:
     sets = ("engine.prefill_chunk=64", "engine.token_budget=64")
     pair = await open_pair(controller, start_worker, *sets, step_ms=100)
+    prefill, decode = (pair.prefill, pair.blocks[0]), (pair.decode, pair.blocks[1])
+    (dead, _), (alive, blocks) = (prefill, decode) if dying == "prefill" else (decode, prefill)
     await pair.start(commands.work(1, PROMPT, max_tokens=1000))
     await pair.prefill.until(lambda: pair.prefill.of("started"))
-    os.kill(pair.decode.snapshots[0].worker.pid, signal.SIGKILL)
-    await pair.prefill.until(lambda: pair.prefill.failures(1), 5.0)
-    assert pair.prefill.failures(1)[0].reason == "transfer_failed"
-    await pair.prefill.blocks_free(pair.blocks[0])
-
-
-async def test_the_decode_worker_says_so_when_the_prefill_worker_dies_before_the_hand_off_ended(
-    controller: ControllerTwin, start_worker: StartWorker
-) -> None:
-    sets = ("engine.prefill_chunk=64", "engine.token_budget=64")
-    pair = await open_pair(controller, start_worker, *sets, step_ms=100)
-    await pair.start(commands.work(1, PROMPT, max_tokens=1000))
-    await pair.prefill.until(lambda: pair.prefill.of("started"))
-    os.kill(pair.prefill.snapshots[0].worker.pid, signal.SIGKILL)
-    await pair.decode.until(lambda: pair.decode.failures(1), 5.0)
-    assert pair.decode.failures(1)[0].reason == "transfer_failed"
-    await pair.decode.blocks_free(pair.blocks[1])
+    os.kill(dead.snapshots[0].worker.pid, signal.SIGKILL)
+    await alive.until(lambda: alive.failures(1), 5.0)
+    assert alive.failures(1)[0].reason == "transfer_failed"
+    await alive.blocks_free(blocks)
 
 
 async def test_a_failed_hand_off_is_done_again_as_a_new_attempt_that_continues_the_tokens(

@@ -98,16 +98,8 @@ async def test_a_prefill_loads_what_it_has_and_hands_everything_over(
 async def test_what_went_to_disk_is_found_after_everything_was_killed(
     controller: ControllerTwin, start_worker: StartWorker, tmp_path: Path
 ) -> None:
-    sets = (*SETS, "store.disk_bytes=200000000", f"state_dir={tmp_path / 'state'}")
-    worker = await start_worker("d0", "decode", *sets, engine_module=NATIVE)
-    session = await controller.session("d0")
-    root = session.snapshots[0].worker.identity.digest
-    session.send(commands.generate(work(1, root, 0)))
-    await session.until_finished(1)
-    await session.until(lambda: keys_of(root, 0) <= held(session, "disk"))
-    worker.process.kill()
-    await worker.exit_code()
-    controller.workers.clear()
+    sets = on_disk(tmp_path)
+    session, root = await fill_the_disk(controller, start_worker, sets)
     await start_worker("d0", "decode", *sets, engine_module=NATIVE)
     again = await controller.session("d0")
     await again.until(lambda: keys_of(root, 0) <= held(again, "disk"))
@@ -121,7 +113,25 @@ async def test_what_went_to_disk_is_found_after_everything_was_killed(
 async def test_a_damaged_page_on_disk_is_computed_again_and_the_answer_is_the_same(
     controller: ControllerTwin, start_worker: StartWorker, tmp_path: Path
 ) -> None:
-    sets = (*SETS, "store.disk_bytes=200000000", f"state_dir={tmp_path / 'state'}")
+    sets = on_disk(tmp_path)
+    session, root = await fill_the_disk(controller, start_worker, sets)
+    damage_segments(tmp_path / "state")
+    await start_worker("d0", "decode", *sets, engine_module=NATIVE)
+    again = await controller.session("d0")
+    again.send(commands.generate(work(2, root, 0)))
+    await again.until_finished(2)
+    assert again.of("started")[-1].started.cached_tokens < 16 * FULL_PAGES
+    assert again.tokens(2) == session.tokens(1)
+
+
+def on_disk(place: Path) -> tuple[str, ...]:
+    return (*SETS, "store.disk_bytes=200000000", f"state_dir={place / 'state'}")
+
+
+async def fill_the_disk(
+    controller: ControllerTwin, start_worker: StartWorker, sets: tuple[str, ...]
+) -> tuple[SessionTwin, bytes]:
+    """A worker whose pages went to its disk and that was killed then: its session, and the root of its keys."""
     worker = await start_worker("d0", "decode", *sets, engine_module=NATIVE)
     session = await controller.session("d0")
     root = session.snapshots[0].worker.identity.digest
@@ -130,14 +140,8 @@ async def test_a_damaged_page_on_disk_is_computed_again_and_the_answer_is_the_sa
     await session.until(lambda: keys_of(root, 0) <= held(session, "disk"))
     worker.process.kill()
     await worker.exit_code()
-    damage_segments(tmp_path / "state")
     controller.workers.clear()
-    await start_worker("d0", "decode", *sets, engine_module=NATIVE)
-    again = await controller.session("d0")
-    again.send(commands.generate(work(2, root, 0)))
-    await again.until_finished(2)
-    assert again.of("started")[-1].started.cached_tokens < 16 * FULL_PAGES
-    assert again.tokens(2) == session.tokens(1)
+    return session, root
 
 
 def damage_segments(state: Path) -> None:
