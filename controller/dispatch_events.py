@@ -134,6 +134,7 @@ class DispatchEvents:
         dispatch.notes.queue_s = message.queue_us / 1e6
         dispatch.notes.blended_tokens = message.blended_tokens
         dispatch.live.started(message.cached_tokens, message.blended_tokens)
+        self._observer.blended(message.blended_tokens)
         dispatch.live.wake()
 
     def _handoff(self, worker_id: str, report: worker_pb2.HandoffReport) -> None:

@@ -39,6 +39,10 @@ class RequestObserver:
     def decided(self, policy: str, reason: str) -> None:
         self._metrics.routing.decided(policy, reason)
 
+    def blended(self, tokens: int) -> None:
+        """Of one attempt: those of the next one are blended again."""
+        self._metrics.fleet.blended(tokens)
+
     def migrated(self, kind: MigrationKind, outcome: Literal["resumed", "failed"]) -> None:
         self._metrics.routing.migrated(kind, outcome)
 

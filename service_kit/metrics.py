@@ -247,6 +247,7 @@ class FleetMetrics:
         )
         self._queries = make.counter("prefix_cache_queries", "Prompt tokens looked up.", alias="prefix_cache_queries")
         self._hits = make.counter("prefix_cache_hits", "Prompt tokens found.", alias="prefix_cache_hits")
+        self._blended = make.counter("kv_blended_tokens", "Tokens of chunks whose KV was blended into prompts.")
 
     def load(self, load: FleetLoad) -> None:
         self._running.set(load.running)
@@ -265,6 +266,9 @@ class FleetMetrics:
         """Growth since the last call, over all workers."""
         self._queries.inc(query_tokens)
         self._hits.inc(hit_tokens)
+
+    def blended(self, tokens: int) -> None:
+        self._blended.inc(tokens)
 
 
 class TierMetrics:

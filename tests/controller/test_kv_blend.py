@@ -165,3 +165,7 @@ async def test_every_attempt_carries_the_same_chunks_and_no_exact_key() -> None:
         timeline = twin.desk.request("blended")
         assert timeline is not None
         assert timeline.blended_tokens == timeline.attempts[-1].blended_tokens == 36
+        started = sum(attempt.blended_tokens == 36 for attempt in timeline.attempts)
+        assert started > 1
+        counted = twin.metrics.registry.get_sample_value("pdserve_kv_blended_tokens_total")
+        assert counted == 36 * started
