@@ -8,7 +8,7 @@ from controller.live_request import LiveRequest
 from controller.operations import StageName
 from controller.tier_growth import TierGrowth
 from controller.worker_record import WorkerRecord
-from pdserve.errors import LeaseExpired, PdserveError, TransferFailed
+from pdserve.errors import KvCorrupt, LayoutMismatch, LeaseExpired, PdserveError, TransferFailed
 from pdserve.v1 import worker_pb2
 from service_kit.metrics import FinishedReason, FleetLoad, Metrics, MigrationKind, RequestTimes, TransferFailure
 
@@ -51,13 +51,8 @@ class RequestObserver:
             report.transport, report.bytes, report.transfer_us * MICROSECONDS, report.exposed_us * MICROSECONDS
         )
 
-    def transfer_failed(self, error: PdserveError) -> None:
-        kind: TransferFailure | None = None
-        if isinstance(error, TransferFailed):
-            kind = "timeout" if isinstance(error, LeaseExpired) else "connection"
-            kind = "checksum" if error.reason == "kv_corrupt" else kind
-        if kind is not None:
-            self._metrics.transfer.failed(kind)
+    def transfer_failed(self, error: TransferFailed | LayoutMismatch) -> None:
+        self._metrics.transfer.failed(_transfer_failure(error))
 
     def ended(self, live: LiveRequest) -> None:
         timeline = live.timeline
@@ -116,6 +111,14 @@ class RequestObserver:
             hits += max(0, hits_now - hits_before)
         self._prefix_seen = seen
         self._metrics.fleet.prefix_lookups(queries, hits)
+
+
+def _transfer_failure(error: TransferFailed | LayoutMismatch) -> TransferFailure:
+    if isinstance(error, LayoutMismatch):
+        return "refused"
+    if isinstance(error, LeaseExpired):
+        return "timeout"
+    return "checksum" if isinstance(error, KvCorrupt) else "connection"
 
 
 def _finished_reason(live: LiveRequest) -> FinishedReason:

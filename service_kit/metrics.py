@@ -26,13 +26,10 @@ STAGE_BUCKETS = (.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1
 LAG_BUCKETS = (.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 5)  # fmt: skip
 
 FinishedReason = Literal["stop", "length", "cancelled", "error"]
-Stage = Literal["tokenize", "queue", "reserve", "prefill", "transfer", "activate", "decode", "detokenize"]
-MigrationKind = Literal["prefill_lost", "decode_lost", "handoff_failed", "drain", "role_switch"]
+Stage = Literal["queue", "reserve", "prefill", "transfer", "decode"]
+MigrationKind = Literal["prefill_lost", "decode_lost", "handoff_failed"]
 MigrationOutcome = Literal["resumed", "failed"]
-VerifyFailure = Literal["checksum", "length", "identity", "stale"]
-TransferFailure = Literal["connection", "checksum", "refused", "timeout", "other"]
-TransportLabel = Literal["ucx", "nixl", "tcp", "inproc", "other"]
-SloKind = Literal["ttft", "itl", "e2e"]
+TransferFailure = Literal["connection", "checksum", "refused", "timeout"]
 TierLevel = Literal["used_bytes", "capacity_bytes", "pages"]
 TierCount = Literal[
     "hit_tokens", "miss_tokens", "bytes_in", "bytes_out", "read_seconds", "read_pages", "write_seconds", "stored_pages",
@@ -145,8 +142,6 @@ class RequestMetrics:
             )
         )  # fmt: skip
         self._stage = make.histogram("stage_seconds", "Parts of a request.", STAGE_BUCKETS, ["stage"])
-        self._slo_attained = make.counter("slo_attained", "Requests within their objective.", ["objective"])
-        self._slo_total = make.counter("slo_total", "Requests with an objective.", ["objective"])
 
     def accepted(self, prompt_tokens: int) -> None:
         self._prompt.inc(prompt_tokens)
@@ -176,10 +171,6 @@ class RequestMetrics:
     def stage(self, stage: Stage, seconds: float) -> None:
         self._stage.labels(stage).observe(seconds)
 
-    def objective(self, kind: SloKind, attained: bool) -> None:
-        self._slo_total.labels(kind).inc()
-        self._slo_attained.labels(kind).inc(attained)
-
 
 class TransferMetrics:
     """Hand-offs of KV between workers."""
@@ -194,7 +185,6 @@ class TransferMetrics:
         )
         self._failures = make.counter("kv_transfer_failures", "Hand-offs that failed.", ["kind"])
         self._expired = make.counter("kv_transfer_expired", "KV leases that expired.")
-        self._verify = make.counter("kv_verify_failures", "Blocks that did not match what was announced.", ["kind"])
 
     def handed_over(self, transport: str, byte_count: int, transfer_s: float, exposed_s: float) -> None:
         label = transport if transport in ("ucx", "nixl", "tcp", "inproc") else "other"
@@ -203,13 +193,10 @@ class TransferMetrics:
         self._exposed.labels(label).observe(exposed_s)
 
     def failed(self, kind: TransferFailure) -> None:
+        """timeout: its lease expired, which is counted apart too."""
         self._failures.labels(kind).inc()
-
-    def expired(self, count: int = 1) -> None:
-        self._expired.inc(count)
-
-    def verify_failed(self, kind: VerifyFailure, count: int = 1) -> None:
-        self._verify.labels(kind).inc(count)
+        if kind == "timeout":
+            self._expired.inc()
 
 
 class RoutingMetrics:
@@ -218,8 +205,6 @@ class RoutingMetrics:
     def __init__(self, make: _Families) -> None:
         self._decisions = make.counter("routing_decisions", "Placement decisions.", ["policy", "reason"])
         self._migrations = make.counter("migrations", "Requests moved to another worker.", ["kind", "outcome"])
-        self._predicted = make.histogram("predicted_ttft_seconds", "TTFT that placement predicted.", TTFT_BUCKETS)
-        self._error = make.histogram("predicted_ttft_error_seconds", "Predicted against real TTFT.", TTFT_BUCKETS)
 
     def decided(self, policy: str, reason: str) -> None:
         """Both from the code's own bounded sets of names, never from a client."""
@@ -227,10 +212,6 @@ class RoutingMetrics:
 
     def migrated(self, kind: MigrationKind, outcome: MigrationOutcome) -> None:
         self._migrations.labels(kind, outcome).inc()
-
-    def predicted(self, predicted_s: float, real_s: float) -> None:
-        self._predicted.observe(predicted_s)
-        self._error.observe(abs(predicted_s - real_s))
 
 
 class FleetMetrics:
