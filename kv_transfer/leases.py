@@ -1,7 +1,8 @@
-"""Owns the names of leases: dispatches, and the error texts that all three lease machines share. Pure.
+"""Owns the names of leases: dispatches, and the error text that both lease machines of a hand-off share. Pure.
 
-The machines: `request_lease` (controller -> worker), `source_lease` (prefill worker's blocks), `writer_lease` (who may still
-write into destination blocks). Each is `step(state, event, now_s) -> (state, commands)`; the shell runs the commands.
+The machines: `source_lease` (prefill worker's blocks), `writer_lease` (who may still write into destination blocks). Each is
+`step(state, event, now_s) -> (state, commands)`; the shell runs the commands. The third lease, of a worker's controller, is that
+of its session (`worker_runtime.session`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The three lease machines: every transition that matters, and invariants over random event sequences."""
+"""The two lease machines of a hand-off: every transition that matters, and invariants over random event sequences."""
 
 from __future__ import annotations
 
@@ -7,26 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_transfer.leases import DispatchKey
-from kv_transfer.request_lease import (
-    Adopted,
-    BufferOutput,
-    CancelAsked,
-    ControllerLost,
-    Finished,
-    RefuseCommand,
-    ReplayOutput,
-    RequestEnded,
-    RequestEvent,
-    RequestForgotten,
-    RequestHeld,
-    RequestOrphaned,
-    RequestState,
-    RequestTerms,
-    RequestTick,
-    StopWork,
-    request_deadline_s,
-    step_request,
-)
 from kv_transfer.source_lease import (
     CloseConnection,
     Delivered,
@@ -76,7 +56,6 @@ from pdserve.errors import Cancelled, LeaseExpired, TransferFailed
 GRANTED = WriterGranted(attempt=3, expires_s=10.0, ttl_s=10.0, grace_s=1.0)
 WRITING = WriterWriting(incarnation=7, expires_s=10.0, ttl_s=10.0, grace_s=1.0)
 ERROR = TransferFailed("broken")
-TERMS = RequestTerms(orphan_s=30.0, lease_s=10.0)
 
 
 class TestWriterLease:
@@ -239,62 +218,6 @@ def test_source_blocks_are_released_once_and_only_when_no_send_reads_them(
             assert now_s < state.expires_s or not isinstance(event, SourceTick)
         assert (source_deadline_s(state) is None) == isinstance(state, SourceReleased)
     assert released <= 1
-
-
-class TestRequestLease:
-    HELD = RequestHeld(attempt=2, terms=TERMS)
-
-    def test_losing_the_controller_makes_an_orphan_that_buffers(self) -> None:
-        state, commands = step_request(self.HELD, ControllerLost(), 100.0)
-        assert (state, commands) == (RequestOrphaned(2, TERMS, 130.0), (BufferOutput(),))
-
-    @pytest.mark.parametrize("attempt", [2, 3])
-    def test_an_orphan_is_adopted_with_an_attempt_that_is_not_lower(self, attempt: int) -> None:
-        orphan = RequestOrphaned(2, TERMS, 130.0)
-        assert step_request(orphan, Adopted(attempt), 120.0) == (RequestHeld(attempt, TERMS), (ReplayOutput(),))
-
-    def test_an_older_controller_cannot_adopt_or_cancel(self) -> None:
-        state, commands = step_request(self.HELD, Adopted(1), 120.0)
-        assert state == self.HELD
-        assert isinstance(commands[0], RefuseCommand)
-        assert step_request(self.HELD, CancelAsked(1), 120.0) == (self.HELD, ())
-
-    def test_an_orphan_that_nobody_adopts_is_stopped(self) -> None:
-        orphan = RequestOrphaned(2, TERMS, 130.0)
-        state, commands = step_request(orphan, RequestTick(), 130.0)
-        assert (state, commands) == (RequestEnded(2, "orphan_expired", 150.0), (StopWork(),))
-
-    def test_a_cancel_leaves_a_tombstone_for_twice_the_lease(self) -> None:
-        state, commands = step_request(self.HELD, CancelAsked(2), 100.0)
-        assert (state, commands) == (RequestEnded(2, "cancelled", 120.0), (StopWork(),))
-        assert isinstance(step_request(state, Adopted(2), 119.0)[1][0], RefuseCommand)
-        assert step_request(state, RequestTick(), 120.0)[0] == RequestForgotten()
-
-
-REQUEST_EVENTS: st.SearchStrategy[RequestEvent] = st.one_of(
-    st.builds(Adopted, st.integers(1, 4)),
-    st.builds(CancelAsked, st.integers(1, 4)),
-    st.sampled_from([ControllerLost(), Finished(), RequestTick()]),
-)
-
-
-@given(st.lists(st.tuples(REQUEST_EVENTS, DELAYS), max_size=30))
-def test_a_request_is_stopped_at_most_once_and_its_attempt_never_falls(
-    steps: list[tuple[RequestEvent, float]],
-) -> None:
-    state: RequestState = TestRequestLease.HELD
-    now_s, attempt, stopped = 0.0, 2, 0
-    for event, delay_s in steps:
-        now_s += delay_s
-        state, commands = step_request(state, event, now_s)
-        stopped += sum(isinstance(command, StopWork) for command in commands)
-        if isinstance(state, RequestHeld | RequestOrphaned):
-            assert state.attempt >= attempt
-            attempt = state.attempt
-            assert not stopped
-        deadline_s = request_deadline_s(state)
-        assert deadline_s is None or isinstance(state, RequestOrphaned | RequestEnded)
-    assert stopped <= 1
 
 
 def test_a_dispatch_key_reads_as_request_and_attempt() -> None:
