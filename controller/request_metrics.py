@@ -6,7 +6,7 @@ from typing import Literal
 
 from controller.live_request import LiveRequest
 from controller.operations import StageName
-from controller.tier_growth import TierGrowth
+from controller.worker_growth import WorkerGrowth
 from controller.worker_record import WorkerRecord
 from pdserve.errors import KvCorrupt, LayoutMismatch, LeaseExpired, PdserveError, TransferFailed
 from pdserve.v1 import worker_pb2
@@ -19,8 +19,7 @@ MICROSECONDS = 1e-6
 class RequestObserver:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._tiers = TierGrowth(metrics.tiers)
-        self._prefix_seen: dict[tuple[str, int], tuple[int, int]] = {}
+        self._growth = WorkerGrowth(metrics)
 
     def accepted(self, live: LiveRequest) -> None:
         self._metrics.requests.accepted(live.request.prompt_tokens)
@@ -93,24 +92,9 @@ class RequestObserver:
             },
         )
         self._metrics.fleet.load(load)
-        self._prefix_lookups(here)
-        self._tiers.look(here)
+        self._growth.look(here)
         if ready:
             self._metrics.fleet.cache_config(ready[0].block_tokens, load.blocks_total)
-
-    def _prefix_lookups(self, records: list[WorkerRecord]) -> None:
-        """Growth since the last look, of each incarnation."""
-        seen = {
-            (record.worker_id, record.info.incarnation): (record.load.prefix_queries, record.load.prefix_hits)
-            for record in records
-        }
-        queries = hits = 0
-        for name, (queries_now, hits_now) in seen.items():
-            queries_before, hits_before = self._prefix_seen.get(name, (0, 0))
-            queries += max(0, queries_now - queries_before)
-            hits += max(0, hits_now - hits_before)
-        self._prefix_seen = seen
-        self._metrics.fleet.prefix_lookups(queries, hits)
 
 
 def _transfer_failure(error: TransferFailed | LayoutMismatch) -> TransferFailure:

@@ -184,7 +184,8 @@ class TransferMetrics:
             "kv_transfer_exposed_seconds", "End of prefill to activation.", STAGE_BUCKETS, ["transport"]
         )
         self._failures = make.counter("kv_transfer_failures", "Hand-offs that failed.", ["kind"])
-        self._expired = make.counter("kv_transfer_expired", "KV leases that expired.")
+        self._expired = make.counter("kv_transfer_expired", "Leases on blocks that a peer may write to, expired.")
+        self._verify = make.counter("kv_verify_failures", "KV messages that were not what was announced.")
 
     def handed_over(self, transport: str, byte_count: int, transfer_s: float, exposed_s: float) -> None:
         label = transport if transport in ("ucx", "nixl", "tcp", "inproc") else "other"
@@ -193,10 +194,13 @@ class TransferMetrics:
         self._exposed.labels(label).observe(exposed_s)
 
     def failed(self, kind: TransferFailure) -> None:
-        """timeout: its lease expired, which is counted apart too."""
         self._failures.labels(kind).inc()
-        if kind == "timeout":
-            self._expired.inc()
+
+    def expired(self, growth: float) -> None:
+        self._expired.inc(growth)
+
+    def verify_failed(self, growth: float) -> None:
+        self._verify.inc(growth)
 
 
 class RoutingMetrics:
@@ -243,7 +247,7 @@ class FleetMetrics:
         self._cache.clear()
         self._cache.labels(str(block_tokens), str(blocks_total)).set(1)
 
-    def prefix_lookups(self, query_tokens: int, hit_tokens: int) -> None:
+    def prefix_lookups(self, query_tokens: float, hit_tokens: float) -> None:
         """Growth since the last call, over all workers."""
         self._queries.inc(query_tokens)
         self._hits.inc(hit_tokens)

@@ -79,16 +79,6 @@ def test_an_unknown_rejection_reason_cannot_grow_the_labels() -> None:
     assert [labels for labels, _ in samples["pdserve_kv_transfer_bytes_total"]] == [{"transport": "other"}]
 
 
-def test_a_lease_that_expired_is_a_failed_hand_off_and_counted_apart_too() -> None:
-    metrics = Metrics("tiny")
-    metrics.transfer.failed("checksum")
-    metrics.transfer.failed("timeout")
-    samples = _samples(metrics)
-    kinds = {labels["kind"]: value for labels, value in samples["pdserve_kv_transfer_failures_total"]}
-    assert kinds == {"checksum": 1.0, "timeout": 1.0}
-    assert samples["pdserve_kv_transfer_expired_total"] == [({}, 1.0)]
-
-
 def test_two_registries_of_one_process_do_not_meet() -> None:
     first, second = Metrics("a"), Metrics("b")
     first.requests.accepted(7)

@@ -1,4 +1,4 @@
-"""Owns what reaches the metrics of the workers' tier figures: levels as they are, counters by their growth. Not thread-safe."""
+"""Owns what reaches the metrics of the workers' own figures: levels as they are, counters by their growth. Not thread-safe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from controller.kv_holdings import DEVICE_TIER
 from controller.worker_record import WorkerRecord
 from pdserve.v1 import worker_pb2
-from service_kit.metrics import LoadCount, TierCount, TierLevel, TierMetrics, tier_label
+from service_kit.metrics import LoadCount, Metrics, TierCount, TierLevel, tier_label
 
 _SHARED_TIER = "redis"  # every worker reports the same one
 _LEVELS: tuple[TierLevel, ...] = ("used_bytes", "capacity_bytes", "pages")
@@ -43,11 +43,12 @@ _INCARNATIONS_KEPT = 8192  # a worker that was lost may come back, and has not b
 _Name = tuple[str, ...]
 
 
-class TierGrowth:
+class WorkerGrowth:
     """Counters of a worker begin anew with each of its incarnations; what was counted of the last one stays."""
 
-    def __init__(self, metrics: TierMetrics) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._tiers = metrics.tiers
         self._levels: dict[tuple[TierLevel, str], float] = {}
         self._seen: OrderedDict[tuple[str, int], dict[_Name, float]] = OrderedDict()
 
@@ -62,12 +63,10 @@ class TierGrowth:
                 self._add_levels(levels, report)
                 self._count_tier(seen, report)
             self._count_loads(seen, record.load.loads)
-            if record.load.key_collisions:
-                collided = _growth(seen, ("verify", DEVICE_TIER), record.load.key_collisions)
-                self._metrics.verify_failed(DEVICE_TIER, "fingerprint", collided)
+            self._count_device(seen, record.load)
         self._levels = levels
         for (name, tier), value in levels.items():
-            self._metrics.level(name, tier, value)
+            self._tiers.level(name, tier, value)
         while len(self._seen) > _INCARNATIONS_KEPT:
             self._seen.popitem(last=False)
 
@@ -82,19 +81,28 @@ class TierGrowth:
 
     def _count_tier(self, seen: dict[_Name, float], report: worker_pb2.TierReport) -> None:
         for name, value_of in _COUNTS.items():
-            self._metrics.grown(name, report.tier, _growth(seen, (name, report.tier), value_of(report)))
+            self._tiers.grown(name, report.tier, _growth(seen, (name, report.tier), value_of(report)))
         for kind, count in report.verify_failures.items():
-            self._metrics.verify_failed(report.tier, kind, _growth(seen, ("verify", report.tier, kind), count))
+            self._tiers.verify_failed(report.tier, kind, _growth(seen, ("verify", report.tier, kind), count))
+
+    def _count_device(self, seen: dict[_Name, float], load: worker_pb2.LoadReport) -> None:
+        queries = _growth(seen, ("prefix_queries",), load.prefix_queries)
+        self._metrics.fleet.prefix_lookups(queries, _growth(seen, ("prefix_hits",), load.prefix_hits))
+        self._metrics.transfer.verify_failed(_growth(seen, ("segments",), load.verify_failures))
+        self._metrics.transfer.expired(_growth(seen, ("leases",), load.expired_leases))
+        if load.key_collisions:
+            collided = _growth(seen, ("verify", DEVICE_TIER), load.key_collisions)
+            self._tiers.verify_failed(DEVICE_TIER, "fingerprint", collided)
 
     def _count_loads(self, seen: dict[_Name, float], loads: worker_pb2.TierLoads) -> None:
         for name, value_of in _LOADS.items():
-            self._metrics.loads_grown(name, _growth(seen, ("load", name), value_of(loads)))
+            self._tiers.loads_grown(name, _growth(seen, ("load", name), value_of(loads)))
         for tier, tokens in loads.loaded_tokens.items():
-            self._metrics.grown("loaded_tokens", tier, _growth(seen, ("loaded", tier), tokens))
+            self._tiers.grown("loaded_tokens", tier, _growth(seen, ("loaded", tier), tokens))
         for reason, count in loads.failed_pulls.items():
-            self._metrics.peer_failed("pull", reason, _growth(seen, ("pull", reason), count))
+            self._tiers.peer_failed("pull", reason, _growth(seen, ("pull", reason), count))
         for reason, count in loads.failed_loans.items():
-            self._metrics.peer_failed("loan", reason, _growth(seen, ("loan", reason), count))
+            self._tiers.peer_failed("loan", reason, _growth(seen, ("loan", reason), count))
 
 
 def _growth(seen: dict[_Name, float], name: _Name, value: float) -> float:
