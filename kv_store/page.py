@@ -12,7 +12,6 @@ import numpy.typing as npt
 from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS
 from pdserve.errors import ConfigInvalid
 
-FINGERPRINT_BYTES = 8
 FORMAT_DIGEST_BYTES = 16
 
 # uint8 [layers, block_bytes]: one page through all layers. Rows are contiguous; the rows of a page in the KV arena lie apart.

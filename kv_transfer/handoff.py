@@ -119,7 +119,7 @@ class Handoff:
 
     # ---- the task
 
-    async def run(self) -> HandoffOutcome:
+    async def run(self) -> None:
         """From connect to release. Never raises a PdserveError: it is in the outcome."""
         try:
             drive = self._tasks.spawn(self._drive(), "handoff-drive")
@@ -140,7 +140,6 @@ class Handoff:
             self._pusher.return_credits()
             if not self._outcome.done():
                 self._outcome.set_result(self._describe())
-        return self._outcome.result()
 
     async def _drive(self) -> None:
         try:

@@ -240,19 +240,16 @@ class IncomingHandoff:
         first_tokens = tuple((first.choice, first.token_id) for first in self._commit.first_tokens)
         received = self._segments
         report = ReceivedReport(self.transport, received.bytes, received.segments, received.transfer_us)
-        self._parts.counters.activated += 1
         self._finish(handoff_pb2.HandoffResponse(activated=handoff_pb2.Activated()))
         self._parts.destination.activate(self.reservation.dispatch, first_tokens, report)
 
     def _end_writer(self, error: PdserveError | None) -> None:
         if error is not None:
-            self._parts.counters.failed += 1
             self._parts.counters.expired_leases += isinstance(error, LeaseExpired)
         self._finish(handoff_pb2.HandoffResponse(released=handoff_pb2.Released()))
         self._parts.destination.writer_done(self.reservation.dispatch, error)
 
     def _finish(self, last_word: handoff_pb2.HandoffResponse) -> None:
-        self._parts.counters.bytes_received += self._segments.bytes
         self._answer(last_word)
         if self._answers is not None:
             self._answers.close()

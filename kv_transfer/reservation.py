@@ -49,9 +49,6 @@ class ReceiverCounters:
 
     verify_failures: int = 0
     expired_leases: int = 0
-    activated: int = 0
-    failed: int = 0
-    bytes_received: int = 0
 
 
 class FencedBlocks:

@@ -82,9 +82,6 @@ class PendingSpans:
     def pop(self) -> Span:
         return self._spans.popleft()
 
-    def push_back(self, span: Span) -> None:
-        self._spans.appendleft(span)
-
 
 class Coverage:
     """Which (layer, block) of a hand-off were seen: each exactly once, blocks [first_block, end_block) of every layer."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import grpc
 
@@ -14,16 +13,7 @@ from kv_transfer.side import KvSide
 from kv_transfer.transport import Transport
 from service_kit.config import TransferConfig
 
-__all__ = ["Handoff", "HandoffOrder", "HandoffOutcome", "HandoffSender", "SenderCounters"]
-
-
-@dataclass(slots=True)
-class SenderCounters:
-    """Since start; read by whoever reports."""
-
-    handoffs: int = 0
-    failures: int = 0
-    bytes_sent: int = 0
+__all__ = ["Handoff", "HandoffOrder", "HandoffOutcome", "HandoffSender"]
 
 
 class HandoffSender:
@@ -40,23 +30,16 @@ class HandoffSender:
         self._config = config
         self._peers = Peers(transports, config, open_channel)
         self._tasks = BackgroundTasks()
-        self.counters = SenderCounters()
 
     def start(self, order: HandoffOrder) -> Handoff:
         """Connects and begins at once, so that both overlap the prompt's computation. Failures come by `outcome()`."""
         handoff = Handoff(order, self._side, self._peers, self._config)
-        self.counters.handoffs += 1
-        self._tasks.spawn(self._run(handoff), f"handoff-{order.dispatch}")
+        self._tasks.spawn(handoff.run(), f"handoff-{order.dispatch}")
         return handoff
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """The one that control sessions to this worker use; kept open, and the sender's to close."""
         return self._peers.channel(address)
-
-    async def _run(self, handoff: Handoff) -> None:
-        outcome = await handoff.run()
-        self.counters.failures += outcome.error is not None
-        self.counters.bytes_sent += outcome.bytes
 
     async def close(self) -> None:
         """Ends every hand-off, without a word to the peers: their heartbeats tell them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -145,8 +145,3 @@ async def eventually(condition: Callable[[], bool], deadline_s: float = 30.0) ->
     while not condition():
         assert time.monotonic() < end_s, "the condition did not come true in time"
         await asyncio.sleep(0.005)
-
-
-async def within(awaitable: Awaitable[object], deadline_s: float) -> None:
-    async with asyncio.timeout(deadline_s):
-        await awaitable
