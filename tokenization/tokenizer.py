@@ -51,7 +51,6 @@ class Tokenizer:
         self.text_pieces = tuple(b"" if place in special_ids else piece for place, piece in enumerate(pieces))
         self.vocab_size = len(pieces)
         self.eos_token_ids: tuple[int, ...] = ()
-        self.bos_token_id: int | None = None
         self.special_ids = special_ids
         self.special_tokens: dict[str, str] = {}
 
@@ -73,7 +72,6 @@ class Tokenizer:
         special_ids = frozenset(place for text in special if (place := backend.token_to_id(text)) is not None)
         tokenizer = cls(backend, piece_rule(spec.decoder), special_ids)
         tokenizer.special_tokens = named
-        tokenizer.bos_token_id = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
         tokenizer.eos_token_ids = tokenizer._find_eos(model_dir)
         tokenizer._fit_to_model(model_dir)
         return tokenizer

@@ -64,7 +64,6 @@ def test_special_tokens_are_skipped_unless_asked_for(tokenizer: Tokenizer, backe
 
 def test_special_ids_are_known(tokenizer: Tokenizer, backend: tokenizers.Tokenizer) -> None:
     assert tokenizer.eos_token_ids == (backend.token_to_id("<|end|>"),)
-    assert tokenizer.bos_token_id == backend.token_to_id("<|user|>")
 
 
 def test_padding_rows_of_the_embedding_are_valid_ids_without_text(tokenizer: Tokenizer) -> None:
