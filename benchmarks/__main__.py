@@ -25,7 +25,10 @@ BENCHMARKS = (
     "blend_accuracy",
 )
 WITH_PEERS = ("peers", "transfer_peers")  # compare with software that is not ours; they run only when asked for
-NEEDS = {"cache_replay": "PDSERVE_TRACES"}  # environment variables that name data; left out where they are not set
+NEEDS = {
+    "cache_replay": "PDSERVE_TRACES",
+    "tier_replay": "PDSERVE_TRACES",
+}  # environment variables that name data; left out where they are not set
 KNOWN = tuple(dict.fromkeys((*BENCHMARKS, *WITH_PEERS, *NEEDS)))
 LIMIT_S = {"quick": 240.0, "full": 1200.0}
 PEERS_LIMIT_S = 5400.0  # three engines, two dtypes, prompts of 8,192 tokens, and vLLM compiles

@@ -54,9 +54,9 @@ def write_random_llama(folder: Path, shape: LlamaShape = LLAMA_100M, seed: int =
     return folder
 
 
-def write_served_llama(folder: Path) -> Path:
+def write_served_llama(folder: Path, shape: LlamaShape = LLAMA_100M) -> Path:
     """With the tokenizer of the shipped model: prompts are token ids, but a cluster serves no model without one."""
-    write_random_llama(folder)
+    write_random_llama(folder, shape)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / name, folder)
     return folder
