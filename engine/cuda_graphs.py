@@ -233,7 +233,8 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # Recorded kernels keep the priority of the stream that they were recorded on.
+        self._stream = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)  # type: ignore[no-untyped-call]
 
     def __call__(self, piece: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()

@@ -34,10 +34,6 @@ class ForwardPass:
                 query, key, value = pieces.between(layer, attended)
         return pieces.end(attended)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> [n, vocab], float32."""
-        return self._decoder.head(hidden)
-
     def _pieces(self, batch: StepBatch) -> Pieces:
         graphed = None if self._graphs is None else self._graphs.pieces(batch)
         return graphed or EagerPieces(self._decoder)

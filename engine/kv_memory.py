@@ -33,10 +33,13 @@ class KvMemory(Protocol):
 
     def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
         """`blocks` of `layer` are final. `announce` is called once the arena holds them, in the order of publication: now, in a
-        later `publish` or in `settle`."""
+        later `publish` or `look`, or in `settle`."""
+
+    def look(self) -> None:
+        """Announces what the arena holds by now; waits for nothing."""
 
     def settle(self) -> None:
-        """Everything published is in the arena and announced when this returns. Blocks may be freed only after it."""
+        """Everything published is in the arena and announced when this returns. Published blocks may be freed only after it."""
 
     def absorb(self, blocks: Sequence[int]) -> None:
         """The arena holds `blocks` in every layer: the pool holds them when this returns."""
@@ -52,7 +55,7 @@ def kv_memory_over(arena: Arena, device: torch.device) -> KvMemory:
     if device.type == "cpu":
         return HostKvMemory(arena)
     pin(arena.tensor, device)
-    return DeviceKvMemory(arena, device, CudaLane(device))
+    return DeviceKvMemory(arena, device, CudaLane(device), CudaLane(device))
 
 
 def copy_blocks(pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
@@ -75,6 +78,9 @@ class HostKvMemory:
     def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
         announce()  # computed in place
 
+    def look(self) -> None:
+        pass
+
     def settle(self) -> None:
         pass
 
@@ -86,11 +92,13 @@ class HostKvMemory:
 
 
 class DeviceKvMemory:
-    """CUDA: blocks are copied between pool and arena, those that are published beside the compute."""
+    """CUDA: blocks are copied between pool and arena, those that are published beside the compute. Two lanes, since blocks that
+    arrive are waited for, and what is published may have to wait for prompts in the air."""
 
-    def __init__(self, arena: Arena, device: torch.device, lane: CopyLane) -> None:
+    def __init__(self, arena: Arena, device: torch.device, publications: CopyLane, arrivals: CopyLane) -> None:
         self._arena = arena
-        self._lane = lane
+        self._publications = publications
+        self._arrivals = arrivals
         self._exports = Exports()
         self.pool = torch.zeros_like(arena.tensor, device=device)
 
@@ -101,7 +109,10 @@ class DeviceKvMemory:
     def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
         self._exports.announce_ended()
         target, source = self._arena.tensor[layer], self.pool[layer]
-        self._exports.add(self._lane.copy([Copy(target[run], source[run]) for run in runs(blocks)]), announce)
+        self._exports.add(self._publications.copy([Copy(target[run], source[run]) for run in runs(blocks)]), announce)
+
+    def look(self) -> None:
+        self._exports.announce_ended()
 
     def settle(self) -> None:
         self._exports.settle()
@@ -109,7 +120,7 @@ class DeviceKvMemory:
     def absorb(self, blocks: Sequence[int]) -> None:
         layers = zip(self.pool, self._arena.tensor, strict=True)
         copies = [Copy(pool[run], arena[run]) for pool, arena in layers for run in runs(blocks)]
-        self._lane.copy(copies).synchronize()
+        self._arrivals.copy(copies).synchronize()
 
     def close(self) -> None:
         self._arena.close()

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
 from typing import assert_never
 
 import torch
 
+from engine.announcements import Announcement, Announcer
 from engine.blend_chunks import BlendChunks
 from engine.blend_jobs import BlendJobs
-from engine.block_tables import BlockTables
+from engine.block_tables import BlockCopy, BlockTables
 from engine.cuda_graphs import cuda_graphs
+from engine.cuda_streams import prompt_lane
 from engine.cuda_varlen import Geometry, device_attention
 from engine.dispatch_desk import DispatchDesk
+from engine.flight import Computed, Flight, Flights, Lane
 from engine.forward import ForwardPass
 from engine.kernel_attention import KernelAttention
 from engine.kv_exchange import KvExchange
 from engine.kv_memory import KvMemory, copy_blocks
 from engine.loaded_model import LoadedModel, load_model
+from engine.outcomes import Outcomes
 from engine.page_protocol import LoadPages, OfferPages, PagesLate, PagesLoaded, PagesSaved
 from engine.paged_attention import PagedAttention
 from engine.pool import BlockPool
@@ -32,9 +35,7 @@ from engine.protocol import (
     Command,
     EngineReady,
     EventSink,
-    KvReady,
     Load,
-    PromptLogprobs,
     ReleaseSource,
     ReserveBlocks,
     SetPolicy,
@@ -44,35 +45,26 @@ from engine.protocol import (
     WriterDone,
 )
 from engine.refusals import Doorkeeper
-from engine.sampler import BadLogits, Draw, Drawn, Sampler, logprob_rows
-from engine.schedule import Part, Schedule, StepPlan
+from engine.schedule import Part, Schedule
 from engine.sequences import Sequence
-from engine.step_batch import StepBatch, build
-from engine.step_tokens import StepColumns
+from engine.step_batch import build
 from engine.torch_attention import TorchAttention
 from kv_transfer.keys import fingerprint_seed
-from pdserve.errors import NoCapacity, PdserveError
+from pdserve.errors import NoCapacity
 from service_kit.config import EngineConfig, ModelConfig
 
 _AVERAGE_WEIGHT = 0.1  # of a step in the running average of step times
 _LEAST_PROMPT_TOKENS = 64  # in a step whose time tells how fast prompts are computed
 _AUDIT_INTERVAL_S = 0.25
-_LOGPROB_ROWS = 256  # prompt rows whose logits are held at once
-
-
-@dataclass(frozen=True, slots=True)
-class _Announcement:
-    """Blocks of a prefill that become final in this step: ordinals [first, first + count) of its table."""
-
-    sequence: Sequence
-    first: int
-    blocks: tuple[int, ...]
 
 
 class NativeEngine:
     """Implements engine.protocol.Engine. One thread calls it; `handle` and `step` never wait for anybody."""
 
-    def __init__(self, model: LoadedModel, memory: KvMemory, engine: EngineConfig, sink: EventSink) -> None:
+    def __init__(
+        self, model: LoadedModel, memory: KvMemory, engine: EngineConfig, sink: EventSink, lane: Lane | None = None
+    ) -> None:
+        """lane: where prompts are computed beside the decodes; None: in one batch with them."""
         layout = model.layout
         self._model = model
         self._memory = memory
@@ -85,9 +77,13 @@ class NativeEngine:
         self._exchange = KvExchange(self._tables, memory, model.spec.layers, seed, sink)
         chunks = BlendChunks(model, memory, self._tables, self._exchange.loads, seed)
         self._blends = BlendJobs(model, memory, chunks)
+        attention = _attention(model, memory, engine)
         graphs = cuda_graphs(model.decoder) if engine.cuda_graphs else None
-        self._forward = ForwardPass(model.decoder, _attention(model, memory, engine), graphs)
-        self._sampler = Sampler(model.spec.vocab, model.spec.eos_token_ids, model.device)
+        self._forward = ForwardPass(model.decoder, attention, graphs)
+        self._aloft = ForwardPass(model.decoder, attention)  # the buffers of graphs belong to the decodes
+        self._flights = Flights(lane, self._schedule)
+        self._announcer = Announcer(self._tables, memory, model.spec.layers, sink)
+        self._outcomes = Outcomes(model, self._tables, self._desk, sink)
         self._steps = 0
         self._step_ms = 0.0
         self._prefill_token_us = 0.0
@@ -98,7 +94,7 @@ class NativeEngine:
     def open(cls, model: ModelConfig, engine: EngineConfig, sink: EventSink) -> NativeEngine:
         """Loads the checkpoint and allocates the pool. Raises ConfigInvalid or ModelUnsupported."""
         loaded, memory = load_model(model, engine)
-        return cls(loaded, memory, engine, sink)
+        return cls(loaded, memory, engine, sink, prompt_lane(loaded, engine))
 
     @property
     def arena_fd(self) -> int:
@@ -117,11 +113,14 @@ class NativeEngine:
         )
 
     def close(self) -> None:
+        self._flights.close()
         self._memory.close()
 
     # ---- Engine
 
     def handle(self, command: Command) -> None:
+        if self._flights.postpones(command):
+            return
         match command:
             case Submit():
                 self._desk.submit(command)
@@ -147,19 +146,28 @@ class NativeEngine:
 
     @torch.inference_mode()
     def step(self) -> bool:
+        landed = self._flights.ended()
+        if landed:
+            self._land()
         plan = self._schedule.plan()
         for sequence in plan.failed:
             self._desk.fail(sequence, NoCapacity("The request alone needs more KV blocks than the pool has."))
         for sequence in plan.admitted:
             self._start(sequence)
-        blending = self._blend()
-        if plan.parts:
-            self._compute(plan)
+        blending = not self._flights.in_air and self._blend()
+        start_s = time.perf_counter()
+        staying = self._take_off(plan.parts)
+        if staying:
+            self._compute(staying, plan.copies)
+        elif self._flights.in_air:
+            self._land()  # nothing else is left to do meanwhile
+            self._measure_step(_since_ms(start_s))
+            landed = True
         else:
             self._memory.settle()  # nothing is left to copy beside
         self._exchange.tell()
         self._sink.flush()
-        return not plan.empty or bool(plan.admitted) or blending
+        return not plan.empty or bool(plan.admitted) or blending or landed
 
     def load(self) -> Load:
         schedule, pool = self._schedule, self._tables.pool
@@ -204,151 +212,71 @@ class NativeEngine:
             state.started_s = time.monotonic()
             queue_us = int((state.started_s - state.submitted_s) * 1e6)
             self._sink.emit(Started(state.dispatch, tuple(table.blocks), sequence.computed, queue_us, blended))
-        if state.mode == "prefill" and table.stored:
-            cached = _Announcement(sequence, 0, tuple(table.blocks[: table.stored]))
-            sequence.announced = table.stored
-            for layer in range(self._model.spec.layers):
-                self._announce(layer, [cached])
+        self._announcer.tell_cached(sequence)
 
     def _blend(self) -> bool:
         """One piece of a blend in progress, if one has anything to do; a sequence whose blend is done is in the next plan."""
         waiting = self._blends.busy
-        blending = self._blends.advance(self._announce_blended)
+        blending = self._blends.advance(self._announcer.tell_blended)
         self._steps += waiting  # neither a blend nor its wait for pages is a hang
         return blending
 
-    def _announce_blended(self, sequence: Sequence, layer: int) -> None:
-        """All full pages before the last token are final in this layer."""
-        if sequence.state.mode != "prefill":
-            return
-        assert sequence.table is not None
-        sequence.announced = (len(sequence.tokens) - 1) // self._tables.page_tokens
-        if sequence.announced:
-            blocks = tuple(sequence.table.blocks[: sequence.announced])
-            self._announce(layer, [_Announcement(sequence, 0, blocks)])
-
-    def _compute(self, plan: StepPlan) -> None:
+    def _compute(self, parts: list[Part], copies: list[BlockCopy]) -> None:
         start_s = time.perf_counter()
-        copy_blocks(self._memory.pool, plan.copies)
-        batch = build(plan.parts, self._tables.page_tokens, self._model.device)
-        announcements = [item for part in plan.parts if (item := self._announcement(part)) is not None]
-        hidden = self._forward.run(batch, lambda layer: self._announce(layer, announcements))
-        self._score_prompts(batch, hidden)
-        self._memory.settle()  # before anything that frees blocks, and before PrefillDone
-        drawing = self._advance(batch)
-        self._draw(batch, drawing, hidden)
+        copy_blocks(self._memory.pool, copies)
+        computed = self._computed(self._forward, parts, self._announcer.of(parts))
+        self._follow(computed)
+        step_ms = _since_ms(start_s)
+        self._measure_step(step_ms)
+        self._measure_prompts(step_ms, sum(part.count for part in parts if part.count > 1))
+
+    def _computed(self, forward: ForwardPass, parts: Iterable[Part], announcements: list[Announcement]) -> Computed:
+        batch = build(tuple(parts), self._tables.page_tokens, self._model.device)
+        return Computed(batch, forward.run(batch, lambda layer: self._announcer.tell(layer, announcements)))
+
+    def _follow(self, computed: Computed) -> None:
+        self._outcomes.score_prompts(computed.batch, computed.hidden)
+        if self._flights.in_air:
+            self._memory.look()  # of the parts that stay nothing was announced, and what is in the air is not freed
+        else:
+            self._memory.settle()  # before anything that frees blocks, and before PrefillDone
+        self._outcomes.follow(computed.batch, computed.hidden, self._steps + 1)
         self._steps += 1
-        step_ms = (time.perf_counter() - start_s) * 1e3
-        self._step_ms += (step_ms - self._step_ms) * (_AVERAGE_WEIGHT if self._steps > 1 else 1.0)
-        prompt_tokens = sum(part.count for part in plan.parts if part.count > 1)
+
+    def _measure_step(self, step_ms: float) -> None:
+        self._step_ms += (step_ms - self._step_ms) * (_AVERAGE_WEIGHT if self._step_ms else 1.0)
+
+    def _measure_prompts(self, taken_ms: float, prompt_tokens: int) -> None:
         if prompt_tokens >= _LEAST_PROMPT_TOKENS:
-            token_us, known_us = step_ms * 1e3 / prompt_tokens, self._prefill_token_us
+            token_us, known_us = taken_ms * 1e3 / prompt_tokens, self._prefill_token_us
             self._prefill_token_us += (token_us - known_us) * (_AVERAGE_WEIGHT if known_us else 1.0)
 
-    def _announcement(self, part: Part) -> _Announcement | None:
-        """Full blocks as they come, the tail with the last chunk."""
-        sequence = part.sequence
-        if sequence.state.mode != "prefill":
-            return None
-        assert sequence.table is not None
-        end = sequence.computed + part.count
-        pages = self._tables.pages_for(end) if part.count == sequence.missing else end // self._tables.page_tokens
-        first, sequence.announced = sequence.announced, max(pages, sequence.announced)
-        blocks = tuple(sequence.table.blocks[first:pages])
-        return _Announcement(sequence, first, blocks) if blocks else None
+    # ---- prompts on a lane of their own
 
-    def _announce(self, layer: int, announcements: list[_Announcement]) -> None:
-        for item in announcements:
-            ready = KvReady(item.sequence.state.dispatch, layer, item.first, len(item.blocks))
-            self._memory.publish(layer, item.blocks, partial(self._sink.emit, ready))
-        if announcements:
-            self._sink.flush()  # a layer's KV leaves while the next one is computed
+    def _take_off(self, parts: list[Part]) -> list[Part]:
+        """Launches prompts. Returns the parts that stay: all, while a blend is in progress, which is settled step by step."""
+        boarding = self._flights.boarding(parts)
+        if not boarding or self._blends.busy:
+            return parts
+        self._memory.settle()  # from here to the landing only what the flight makes is announced
+        announcements = self._announcer.of(boarding)
+        self._flights.take_off(boarding, lambda: self._computed(self._aloft, boarding, announcements))
+        return [part for part in parts if part.sequence.decodes]
 
-    def _score_prompts(self, batch: StepBatch, hidden: torch.Tensor) -> None:
-        """Log-probabilities of the prompt tokens that follow the computed ones, where they were asked for."""
-        for part, start in zip(batch.parts, batch.starts, strict=True):
-            sequence, work = part.sequence, part.sequence.state.work
-            top = work.sampling.prompt_logprobs
-            if top is None:
-                continue
-            end = min(sequence.computed + part.count, work.prompt_tokens - 1)
-            for first in range(sequence.computed, end, _LOGPROB_ROWS):
-                count = min(_LOGPROB_ROWS, end - first)
-                row = start + first - sequence.computed
-                following = torch.tensor(sequence.tokens[first + 1 : first + 1 + count], device=hidden.device)
-                logits = self._forward.logits(hidden[row : row + count])
-                sequence.prompt_rows += logprob_rows(logits, following.long(), top)
+    def _land(self) -> None:
+        self._memory.settle()  # tells layers as they end, where the flight has to be waited for
+        self._flights.land(self._landed)
 
-    def _advance(self, batch: StepBatch) -> list[int]:
-        """Counts the computed tokens. Returns the ordinals of the parts whose sequences draw now."""
-        drawing: list[int] = []
-        for ordinal, part in enumerate(batch.parts):
-            sequence = part.sequence
-            assert sequence.table is not None
-            sequence.computed += part.count
-            self._tables.store(sequence.table, sequence.tokens, sequence.computed)
-            if not sequence.missing:
-                drawing.append(ordinal)
-        return drawing
+    def _landed(self, flight: Flight, computed: Computed) -> None:
+        self._memory.settle()
+        for command in flight.postponed:
+            self.handle(command)
+        self._follow(computed)
+        self._measure_prompts(_since_ms(flight.launched_s), flight.prompt_tokens)
 
-    # ---- tokens
 
-    def _draw(self, batch: StepBatch, drawing: list[int], hidden: torch.Tensor) -> None:
-        """Draws for every choice of the sequences `drawing`, tells the tokens, then lets them go on, fork or end."""
-        if not drawing:
-            return
-        rows = torch.tensor([batch.last_row(ordinal) for ordinal in drawing], device=hidden.device)
-        logits = self._forward.logits(hidden.index_select(0, rows))
-        sequences = [batch.parts[ordinal].sequence for ordinal in drawing]
-        drawn, bad = self._drawn(logits, sequences)
-        columns = StepColumns(self._steps + 1, self._model.spec.eos_token_ids, self._model.max_context_tokens)
-        going_on: list[dict[int, int]] = []
-        for sequence, tokens in zip(sequences, drawn, strict=True):
-            work, index = sequence.state.work, sequence.output_index
-            going_on.append(
-                {
-                    choice: draw.token_id
-                    for choice, draw in tokens.items()
-                    if columns.add(work, choice, index, draw.token_id, draw.logprobs)
-                }
-            )
-            if work.sampling.prompt_logprobs is not None and not sequence.forked:
-                self._sink.emit(PromptLogprobs(work.dispatch, tuple(sequence.prompt_rows)))
-        message = columns.message()
-        if message is not None:
-            self._sink.emit(message)
-        for sequence, tokens_on in zip(sequences, going_on, strict=True):
-            if sequence in bad:
-                self._desk.fail(sequence, bad[sequence])
-            else:
-                self._go_on(sequence, tokens_on)
-
-    def _drawn(
-        self, logits: torch.Tensor, sequences: list[Sequence]
-    ) -> tuple[list[dict[int, Drawn]], dict[Sequence, PdserveError]]:
-        """Tokens by choice for each sequence, and the sequences whose logits cannot be drawn from."""
-        owners = [(row, choice) for row, sequence in enumerate(sequences) for choice in sequence.choices]
-        bad: dict[Sequence, PdserveError] = {}
-        while True:
-            owners = [(row, choice) for row, choice in owners if sequences[row] not in bad]
-            draws = [_draw_of(sequences[row], choice) for row, choice in owners]
-            try:
-                drawn = self._sampler.draw(_rows_of(logits, owners), draws) if draws else []
-                break
-            except BadLogits as error:
-                bad[sequences[owners[error.row][0]]] = error
-        tokens: list[dict[int, Drawn]] = [{} for _ in sequences]
-        for (row, choice), draw in zip(owners, drawn, strict=True):
-            tokens[row][choice] = draw
-        return tokens, bad
-
-    def _go_on(self, sequence: Sequence, going_on: dict[int, int]) -> None:
-        if not sequence.forked:
-            self._desk.prompt_done(sequence, going_on)
-        elif going_on:
-            sequence.tokens.append(going_on[sequence.choices[0]])
-        else:
-            self._desk.end_choices(sequence.state, sequence.choices)
+def _since_ms(start_s: float) -> float:
+    return (time.perf_counter() - start_s) * 1e3
 
 
 def policy_of(engine: EngineConfig, blocks: int) -> SetPolicy:
@@ -364,16 +292,3 @@ def _attention(model: LoadedModel, memory: KvMemory, engine: EngineConfig) -> Pa
     if model.kernels is None:
         return device_attention(memory.pool, Geometry.of(model.decoder))
     return KernelAttention(memory.pool, model.kernels, model.spec.windows, share=engine.shared_prefix_attention)
-
-
-def _draw_of(sequence: Sequence, choice: int) -> Draw:
-    work = sequence.state.work
-    return Draw(work.sampling, choice, sequence.tokens, work.prompt_tokens)
-
-
-def _rows_of(logits: torch.Tensor, owners: list[tuple[int, int]]) -> torch.Tensor:
-    """One row of logits per choice; the choices of one sequence share a row."""
-    rows = [row for row, _ in owners]
-    if rows == list(range(len(logits))):
-        return logits
-    return logits.index_select(0, torch.tensor(rows, device=logits.device))

@@ -46,6 +46,7 @@ class Schedule:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.flying: frozenset[Sequence] = frozenset()  # in the air, see engine.flight
         self._tables = tables
         self.prefix_reuse = prefix_reuse
 
@@ -63,12 +64,14 @@ class Schedule:
 
     def withdraw(self, sequence: Sequence) -> Table:
         """Takes out a running sequence; its table goes to the caller."""
+        assert sequence not in self.flying
         self.running.remove(sequence)
         table, sequence.table = sequence.table, None
         assert table is not None
         return table
 
     def close(self, sequence: Sequence) -> None:
+        assert sequence not in self.flying
         if sequence.table is not None:
             self._tables.close(sequence.table)
             sequence.table = None
@@ -84,11 +87,13 @@ class Schedule:
         return sum(self._tables.pages_for(len(seq.tokens)) for seq in self.waiting if seq.state.started)
 
     def plan(self) -> StepPlan:
-        """The next step. Moves sequences between waiting and running; the caller computes the parts."""
+        """The next step. Moves sequences between waiting and running; the caller computes the parts. While prompts are in the
+        air decodes only."""
         plan = StepPlan()
         budget = self._plan_decodes(plan)
-        budget = self._plan_running_prompts(plan, budget)
-        self._admit(plan, budget)
+        if not self.flying:
+            budget = self._plan_running_prompts(plan, budget)
+            self._admit(plan, budget)
         return plan
 
     # ---- decodes
@@ -124,11 +129,12 @@ class Schedule:
         return True
 
     def _victim(self, sequence: Sequence) -> Sequence | None:
-        """The youngest that may go, `sequence` itself included; None if that would be the oldest."""
+        """The youngest that may go, `sequence` itself included; None if that would be the oldest, or is in the air: it is waited
+        for, no older one goes in its place."""
         candidates = [other for other in self.running if other.preemptable]
         if not candidates or candidates[-1] is candidates[0] or candidates[-1].age < sequence.age:
             return None
-        return candidates[-1]
+        return None if candidates[-1] in self.flying else candidates[-1]
 
     def _preempt(self, victim: Sequence, plan: StepPlan) -> None:
         self.running.remove(victim)

@@ -74,6 +74,11 @@ class EngineConfig(Section):
     cuda_graphs: bool = Field(
         default=True, description="On CUDA: replay what lies between attention from graphs in steps that only decode."
     )
+    prefill_stream: Literal["shared", "own"] = Field(
+        default="shared",
+        description="CUDA only: own = prompts are computed on a stream of their own beside the decodes, of lower priority, at "
+        "most one batch of them at a time; shared = in one batch with the decodes. own has never run on a GPU so far.",
+    )
     shared_prefix_attention: bool = Field(
         default=True, description="Read a prefix that running sequences share once for all of them (Hydragen)."
     )

@@ -56,14 +56,11 @@ class Shadow:
         with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False):
             moved = build(batch.parts, self._page_tokens, ELSEWHERE)
             hidden = self._elsewhere.run(moved, lambda layer: None)
-            logits = self._elsewhere.logits(hidden[:1])
+            logits = self._elsewhere._decoder.head(hidden[:1])
         assert hidden.device == logits.device == ELSEWHERE
         assert len(hidden) == len(batch.token_ids)
         self.shapes.append((len(batch.token_ids), len(batch.parts)))
         return self._here.run(batch, layer_written)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._here.logits(hidden)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def host() -> Held:
 
 def device() -> Held:
     arena, lane = Arena(LAYOUT), SlowLane()
-    return Held(DeviceKvMemory(arena, CPU, lane), arena.tensor, lane)
+    return Held(DeviceKvMemory(arena, CPU, lane, SlowLane()), arena.tensor, lane)
 
 
 @pytest.fixture(params=[host, device])
@@ -203,7 +203,7 @@ def test_a_prefill_announces_finished_blocks_only_and_all_of_them_before_it_is_d
     settings = EngineConfig(kv_bytes=4 * MIB, threads=1, prefill_chunk=chunk)
     plain = NativeEngine.open(ModelConfig(path=str(model_dir), device="cpu", dtype="float32"), settings, sink)
     arena, lane = Arena(plain._model.layout), SlowLane()
-    engine = NativeEngine(plain._model, DeviceKvMemory(arena, CPU, lane), settings, sink)
+    engine = NativeEngine(plain._model, DeviceKvMemory(arena, CPU, lane, SlowLane()), settings, sink)
     sink.arena = arena.tensor
     finish(engine, Submit(work(1, PROMPT, sampling(4)), "prefill"))
     assert not lane.waiting
@@ -227,7 +227,9 @@ def test_pages_offered_with_the_last_step_are_told_when_nothing_is_left_to_compu
     recorder, settings = Recorder(), EngineConfig(kv_bytes=4 * MIB, threads=1)
     plain = NativeEngine.open(ModelConfig(path=str(model_dir), device="cpu", dtype="float32"), settings, recorder)
     lane = SlowLane()
-    engine = NativeEngine(plain._model, DeviceKvMemory(Arena(plain._model.layout), CPU, lane), settings, recorder)
+    engine = NativeEngine(
+        plain._model, DeviceKvMemory(Arena(plain._model.layout), CPU, lane, SlowLane()), settings, recorder
+    )
     finish(engine, OfferPages(16), Submit(work(1, PROMPT, sampling(1)), "generate"))
     assert not lane.waiting
     assert [len(event.pages) for event in recorder.of(KvOffered)] == [len(PROMPT) // 16]
