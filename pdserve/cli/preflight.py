@@ -53,6 +53,10 @@ def _transport(config: Record) -> Check:
         return Check(
             "fail", "transport", "ucx wanted, ucxx not installed", "pip install ucxx-cu12, or --transport tcp."
         )
+    if wanted == "nixl" and find_spec("nixl") is None:
+        return Check(
+            "fail", "transport", "nixl wanted, but not installed", "pip install 'pdserve[nixl]', or --transport auto."
+        )
     if wanted == "auto" and not ucx:
         return Check("warn", "transport", "tcp, because ucxx is not installed", "pip install ucxx-cu12 for RDMA.")
     return Check("ok", "transport", "ucx" if wanted == "auto" else wanted)
@@ -101,10 +105,13 @@ def _memory(config: Record) -> Check:
     weights = weight_bytes(Path(config.record("model").text("path")))
     pool_bytes = engine.integer("kv_bytes") or DEFAULT_POOL_BYTES
     needed = workers * (PROCESS_BYTES + 2 * weights + pool_bytes) + CONTROLLER_BYTES
-    available = _available_bytes()
+    available, free = _available_bytes(), "are free"
+    if not engine.integer("kv_bytes"):  # a pool sized from free memory leaves the reserve alone
+        available = max(0, available - int(engine.number("memory_reserve") * _meminfo("MemTotal")))
+        free = "are free beyond engine.memory_reserve"
     if not workers:
         return Check("fail", "workers", "none asked for", "Give --prefill N and --decode M, or --both K.")
-    text = f"{workers} workers need about {size(needed)}, {size(available)} are free"
+    text = f"{workers} workers need about {size(needed)}, {size(available)} {free}"
     if needed > available:
         return Check("warn", "memory", text, "Fewer workers, or --set engine.kv_bytes=BYTES with a smaller pool.")
     return Check("ok", "memory", text)
@@ -112,15 +119,14 @@ def _memory(config: Record) -> Check:
 
 def _available_bytes() -> int:
     """MemAvailable, or less where a control group allows less."""
-    limits = [_meminfo_available(), *_cgroup_room()]
+    limits = [_meminfo("MemAvailable"), *_cgroup_room()]
     return min(limits)
 
 
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
+def _meminfo(name: str) -> int:
+    """Bytes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def _cgroup_room() -> Iterator[int]:

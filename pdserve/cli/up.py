@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
         parser.add_argument(f"--{pool}", type=_count, metavar="N", help=f"workers {text}")
     parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="checkpoint (default: the model of the repository)")
     parser.add_argument("--port", type=int, metavar="P", help="HTTP port; 0 = a free one (default 8000)")
-    parser.add_argument("--transport", choices=("auto", "ucx", "tcp"), help="how KV travels")
+    parser.add_argument("--transport", choices=("auto", "ucx", "nixl", "tcp"), help="how KV travels")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML configuration, see docs/config.md")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting; repeatable")
     parser.add_argument(

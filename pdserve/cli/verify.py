@@ -27,7 +27,7 @@ from pdserve.errors import NotFound, PdserveError, Unavailable
 TOLERANCE = 1e-3
 CONCURRENT = 4
 REQUEST_S = 300.0
-TRANSPORTS = ("ucx", "tcp", "inproc")
+TRANSPORTS = ("ucx", "nixl", "tcp", "inproc")
 
 
 @dataclass(frozen=True, slots=True)

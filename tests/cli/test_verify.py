@@ -33,6 +33,13 @@ def test_pairs_differ_in_both_workers_where_there_are_enough() -> None:
     assert len(set(routes(*square, transport="tcp", pairs=9))) == 4
 
 
+def test_every_transport_that_both_workers_offer_is_tried() -> None:
+    offered = ("ucx", "nixl", "tcp", "inproc")
+    assert routes(
+        *(worker(name, role, transports=offered) for name, role in (("p0", "prefill"), ("d0", "decode")))
+    ) == [f"p0 → d0 over {transport}" for transport in offered]
+
+
 def test_workers_with_both_roles_are_compared_in_both_directions() -> None:
     both = [worker("b0", "prefill", "decode", transports=("tcp",)), worker("b1", "prefill", "decode")]
     assert routes(*both) == ["b0 → b1 over tcp", "b1 → b0 over tcp"]
