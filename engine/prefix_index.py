@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import xxhash
@@ -43,11 +44,12 @@ class KeyChain:
         self.tenant = tenant  # whose quota the pages count against where they are stored
         self._page_tokens = page_tokens
         self._given = unit_keys
-        self._seed = seed
+        # Whatever mixes up the keys of tenants, no one gets a page of another one.
+        self._seed = seed ^ int.from_bytes(tenant[:8], "little")
         self._pages: list[PageKey] = []
 
     def fork(self) -> KeyChain:
-        other = KeyChain(self._page_tokens, self._given, self._seed, self.tenant)
+        other = copy(self)
         other._pages = list(self._pages)
         return other
 

@@ -59,6 +59,6 @@ class StretchCutter:
         """The first `count` pages of these tokens."""
         tokens = array("i", token_ids[: count * self._page_tokens * TOKEN_BYTES])
         seed = self._seed if content == "prompt" else chunk_seed(self._seed)
-        pages = KeyChain(self._page_tokens, keys, seed).pages(tokens, count)
+        pages = KeyChain(self._page_tokens, keys, seed, tenant).pages(tokens, count)
         ids = [PageId(page.key, page.fingerprint) for page in pages]
         return Stretch(tokens.tobytes(), keys, tenant, ids, content)

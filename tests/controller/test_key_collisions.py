@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,7 @@ WHOLE_KEYS = 0
 PAGE_TOKENS, PAGE_BYTES = 16, 16 * 4 * 2 * 2 * 64 * 4  # 4 layers, K and V, 2 heads of 64, float32
 POOL_PAGES, HOST_PAGES = 96, 48  # less than all prompts together have
 PROMPTS = 18
+SALTS = ("", "one tenant", "another")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,8 @@ async def answers(twin: ClusterTwin) -> list[list[int]]:
         for number, prompt in enumerate(order):
             sampling = SamplingSpec(max_tokens=6, seed=5, ignore_eos=True, temperature=0.0)
             route = Route(prefill, "d0")
-            name = f"{turn}-{number}"
-            got = await twin.collect(GenerationRequest(name, prompt, sampling, want_text=False, route=route))
+            request = GenerationRequest(f"{turn}-{number}", prompt, sampling, want_text=False, route=route)
+            got = await twin.collect(replace(request, cache_salt=SALTS[prompt[0] % len(SALTS)]))
             found.append(got.token_ids[0])
         record = record_of(twin, prefill)
         await twin.until(partial(settled, record), f"{prefill} has stored its pages")

@@ -226,3 +226,15 @@ def test_a_chunk_is_never_taken_for_a_prompt_that_begins_with_the_same_tokens() 
     again = tables.open(tokens, KeyChain(PAGE_TOKENS, of_chunk, chunk_seed(SEED)), PAGE_TOKENS, 0)
     assert again is not None
     assert again.stored == 1
+
+
+def test_a_page_of_another_tenant_under_the_right_key_is_a_miss() -> None:
+    """Keys are salted, so that only a mix-up of them gives two tenants the same one: the tokens alone would not tell."""
+    tokens = tokens_of((1, 2))
+    keys = chain_hashes(ROOT, tokens.tobytes())
+    own, other = (KeyChain(PAGE_TOKENS, keys, SEED, tenant) for tenant in (b"a" * 8, b"b" * 8))
+    index = PrefixIndex()
+    index.store(5, own.pages(tokens, 2)[0])
+    assert index.lookup(own.fork().pages(tokens, 2)) == [5]
+    assert index.lookup(other.pages(tokens, 2)) == []
+    assert index.collisions == 1
