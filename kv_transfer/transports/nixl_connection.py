@@ -24,6 +24,7 @@ from kv_transfer.transports.posted import PostedReceive, PostedReceives, check_b
 from kv_transfer.transports.pump import Pump
 from pdserve.errors import TransferFailed
 
+_SPINS = 4  # progress calls per turn: whether one found something it does not say
 _GRACE_S = 1.0  # for a read in progress to end by itself, before the connection is closed
 _MAX_OFFERED = 4096  # messages that no receive was posted for
 
@@ -129,15 +130,18 @@ class NixlConnection(asyncio.Protocol):
                 del arriving  # it holds the agent, which must go now
                 self._shut("a read was cancelled")
 
-    def turn(self, spins: int, *, everyone: bool) -> None:
+    def turn(self, spins: int, *, everyone: bool) -> bool:
         """See `pump.Turned`. Everyone's turn it is always: a read is asked for in a microsecond."""
+        came: list[int] = []
         try:
-            for _ in range(spins):
+            for _ in range(min(spins, _SPINS)):
                 self._agent.progress()
-            for tag in [tag for tag, arriving in self._arriving.items() if arriving.read.came()]:
+            came += [tag for tag, arriving in self._arriving.items() if arriving.read.came()]
+            for tag in came:
                 self._end(tag)
         except self._errors as error:
             self._shut(str(error))
+        return bool(came)
 
     def _end(self, tag: int) -> None:
         arriving = self._arriving.pop(tag)

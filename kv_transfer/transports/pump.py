@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Protocol
 
 IDLE_S = 0.01  # between turns while nothing is transferred
-_SPINS = 4  # progress calls per turn of the loop: one that finds nothing costs half a microsecond
+_SPINS = 64  # progress calls per turn of the loop at most; the first that finds nothing is the last
+_STILL_TURNS = 4  # fruitless turns after which the core is offered to others
 _ALL_EVERY = 16
 
 
@@ -14,8 +16,11 @@ class Turned(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    def turn(self, spins: int, *, everyone: bool) -> None:
-        """`spins` progress calls; `everyone`: look at all that wait, not only at those whose turn it most likely is."""
+    def turn(self, spins: int, *, everyone: bool) -> bool:
+        """Up to `spins` progress calls; `everyone`: look at all that wait, not only at those whose turn it most likely is.
+
+        True where something moved.
+        """
 
 
 class Pump:
@@ -26,6 +31,7 @@ class Pump:
         self._next: asyncio.Handle | None = None
         self._spinning = False
         self._turns = 0
+        self._still = 0  # turns since something moved
 
     def add(self, lane: Turned) -> None:
         self._lanes[lane] = None
@@ -49,9 +55,14 @@ class Pump:
         self._turns += 1
         busy = [lane for lane in self._lanes if lane.busy]
         everyone = not busy or self._turns % _ALL_EVERY == 0
+        moved = False
         for lane in list(self._lanes) if everyone else busy:
-            lane.turn(_SPINS if lane.busy else 1, everyone=everyone)
+            moved |= lane.turn(_SPINS if lane.busy else 1, everyone=everyone)
         self._spinning = bool(busy)
+        self._still = 0 if moved else self._still + 1
+        if busy and self._still > _STILL_TURNS:
+            # The peer has to move first, and where cores are short it may be waiting for ours.
+            os.sched_yield()
         loop = asyncio.get_running_loop()
         if busy:
             self._next = loop.call_soon(self._turn)

@@ -1,8 +1,8 @@
 """Owns the ucx transport: a door on a plain socket, behind it a UCX context for every peer.
 
-Who says a hello at the door gets the port of a UCX listener made for it alone, connects there, and repeats the hello, since
-that listener binds all interfaces (the library takes no address). It closes when its peer has come. The socket of the door
-stays open: its end says at once that the peer's process ended.
+Who says a hello at the door gets the port of a UCX listener made for it alone, and the number of endpoints that are to come. It
+connects them there, and each repeats the hello, since that listener binds all interfaces (the library takes no address). It closes
+when all have come. The socket of the door stays open: its end says at once that the peer's process ended.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from kv_transfer.transport import Connection
 from kv_transfer.transports.doorway import Doorway, knock, read_exactly
@@ -20,9 +20,11 @@ from kv_transfer.transports.pump import Pump
 from kv_transfer.transports.ucx_connection import UcxConnection
 from kv_transfer.transports.ucx_lane import Lane
 from kv_transfer.transports.ucx_library import Endpoint, load_library
+from kv_transfer.transports.ucx_profiles import STREAMS
 from pdserve.errors import TransferFailed
 
-_PORT = struct.Struct(">H")
+_INVITATION = struct.Struct(">HB")  # port, endpoints
+_MAX_STREAMS = 16
 
 
 class UcxTransport:
@@ -30,6 +32,7 @@ class UcxTransport:
 
     def __init__(self, host: str, profile: str, hello_s: float) -> None:
         self._library = load_library(profile)
+        self._streams = STREAMS[profile]
         self._pump = Pump()
         self._door = Doorway("ucx", host, hello_s)
         self._connections: set[UcxConnection] = set()
@@ -49,12 +52,15 @@ class UcxTransport:
             async with asyncio.timeout(deadline_s):
                 sock = await knock(address, hello)
                 async with self._lane(sock) as lane:
-                    (port,) = _PORT.unpack(await read_exactly(sock, _PORT.size))
+                    port, streams = _INVITATION.unpack(await read_exactly(sock, _INVITATION.size))
+                    if not 0 < streams <= _MAX_STREAMS:
+                        raise TransferFailed(f"The KV endpoint ucx {address} asks for {streams} streams.")
                     host = str(sock.getpeername()[0])
-                    endpoint = await lane.context.create_endpoint(host, port, True, deadline_s)
-                    async with _abort_on_error(endpoint):
-                        await endpoint.send(hello)
-                        return self._own(endpoint, lane, sock)
+                    async with _abort_on_error() as endpoints:
+                        for _ in range(streams):
+                            endpoints.append(await lane.context.create_endpoint(host, port, True, deadline_s))
+                            await endpoints[-1].send(hello)
+                        return self._own(endpoints, lane, sock)
         except self._library.errors as error:
             raise TransferFailed(
                 f"Cannot connect to the KV endpoint ucx {address}: {str(error) or 'timeout'}."
@@ -62,11 +68,11 @@ class UcxTransport:
 
     async def _let_in(self, sock: socket.socket, hello: bytes) -> UcxConnection:
         try:
-            async with self._lane(sock) as lane:
-                endpoint = await _meet(lane, sock)
-                async with _abort_on_error(endpoint):
+            async with self._lane(sock) as lane, _abort_on_error() as endpoints:
+                await _meet(lane, sock, self._streams, endpoints)
+                for endpoint in endpoints:
                     await _hear(endpoint, lane, hello)
-                    return self._own(endpoint, lane, sock)
+                return self._own(endpoints, lane, sock)
         except self._library.errors as error:
             raise TransferFailed(f"The peer did not connect: {str(error) or 'timeout'}.") from error
 
@@ -82,9 +88,9 @@ class UcxTransport:
             sock.close()
             raise
 
-    def _own(self, endpoint: Endpoint, lane: Lane, sock: socket.socket) -> UcxConnection:
+    def _own(self, endpoints: Sequence[Endpoint], lane: Lane, sock: socket.socket) -> UcxConnection:
         self._connections = {connection for connection in self._connections if not connection.closed}
-        connection = UcxConnection(endpoint, lane, sock, self._library.errors)
+        connection = UcxConnection(endpoints, lane, sock, self._library.errors)
         self._connections.add(connection)
         return connection
 
@@ -95,24 +101,19 @@ class UcxTransport:
         self._pump.stop()
 
 
-async def _meet(lane: Lane, sock: socket.socket) -> Endpoint:
-    """Listens for the one peer behind `sock`."""
-    loop = asyncio.get_running_loop()
-    met: asyncio.Future[Endpoint] = loop.create_future()
+async def _meet(lane: Lane, sock: socket.socket, streams: int, endpoints: list[Endpoint]) -> None:
+    """Listens for the one peer behind `sock`, until `endpoints` are as many as `streams`."""
 
     async def on_endpoint(endpoint: Endpoint) -> None:
-        if met.done():  # somebody else found the port
+        if len(endpoints) == streams:  # somebody else found the port
             endpoint.abort()
         else:
-            met.set_result(endpoint)
+            endpoints.append(endpoint)
 
     listener = lane.context.create_listener(on_endpoint, 0, True)
     try:
-        await loop.sock_sendall(sock, _PORT.pack(listener.port))
-        endpoint = await met
-        async with _abort_on_error(endpoint):
-            await lane.until(lambda: not listener.active_clients)
-        return endpoint
+        await asyncio.get_running_loop().sock_sendall(sock, _INVITATION.pack(listener.port, streams))
+        await lane.until(lambda: len(endpoints) == streams and not listener.active_clients)
     finally:
         listener.close()
 
@@ -136,9 +137,12 @@ async def _hear(endpoint: Endpoint, lane: Lane, hello: bytes) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _abort_on_error(endpoint: Endpoint) -> AsyncIterator[None]:
+async def _abort_on_error() -> AsyncIterator[list[Endpoint]]:
+    """A list for endpoints that are aborted where coming together fails."""
+    endpoints: list[Endpoint] = []
     try:
-        yield
+        yield endpoints
     except BaseException:
-        endpoint.abort()
+        for endpoint in endpoints:
+            endpoint.abort()
         raise

@@ -1,4 +1,4 @@
-"""Owns UCX connections: one endpoint on a lane of its own, and the socket that tells at once when the peer's process ends.
+"""Owns UCX connections: endpoints on a lane of their own, and the socket that tells at once when the peer's process ends.
 
 No receive is posted before its message has arrived (tag probe): a waiting receive burns a core, and the probe gives the exact
 length and leaves nothing behind after a cancel.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from kv_transfer.transport import Buffer
 from kv_transfer.transports.frames import MAX_FRAME_BYTES
@@ -26,24 +27,36 @@ _ABANDON_S = 0.25  # for a send to end after its endpoint was closed
 
 
 class UcxConnection:
-    """`watch`: a connected socket on which the peer says nothing: its end is the peer's. Owned, as lane and endpoint are."""
+    """`watch`: a connected socket on which the peer says nothing: its end is the peer's. Owned, as lane and endpoints are.
+
+    A message may go over any of the endpoints: tags match in the whole lane. The end of one is the end of all.
+    """
 
     def __init__(
-        self, endpoint: Endpoint, lane: Lane, watch: socket.socket, errors: tuple[type[Exception], ...]
+        self, endpoints: Sequence[Endpoint], lane: Lane, watch: socket.socket, errors: tuple[type[Exception], ...]
     ) -> None:
-        self._endpoint = endpoint
+        self._endpoints = tuple(endpoints)
+        self._endpoint = self._endpoints[0]  # receives are posted here
+        self._turns = itertools.cycle(self._endpoints)
         self._lane = lane
         self._watch = watch
         self._errors = errors
         self._loop = asyncio.get_running_loop()
         self._gone: asyncio.Future[None] = self._loop.create_future()
+        # The lane is driven no more. Where UCX lets the peer write a message straight into its receive's buffer, it does so only while
+        # driven: so a receive that failed with its connection ends after this.
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         self._operations = 0
         self._receiving: set[int] = set()
         self._loop.add_reader(watch.fileno(), self._shut)
 
     @property
     def closed(self) -> bool:
-        return self._gone.done() or self._endpoint.closed
+        return self._gone.done() or self._lost
+
+    @property
+    def _lost(self) -> bool:
+        return any(endpoint.closed for endpoint in self._endpoints)
 
     async def send(self, tag: int, buffer: Buffer) -> None:
         """See `transport.Connection`. A cancelled send closes the connection: UCX may still read the buffer.
@@ -54,7 +67,8 @@ class UcxConnection:
         check_buffer(buffer)
         self._check_open()
         with self._operation():
-            task = asyncio.create_task(self._start(lambda: self._endpoint.send(buffer, tag=tag, force_tag=True)))
+            endpoint = next(self._turns)
+            task = asyncio.create_task(self._start(lambda: endpoint.send(buffer, tag=tag, force_tag=True)))
             try:
                 await asyncio.wait((task, self._gone), return_when=asyncio.FIRST_COMPLETED)
                 if not task.done():
@@ -84,6 +98,8 @@ class UcxConnection:
                 await self._recv_arrived(tag, buffer)
         finally:
             self._receiving.discard(tag)
+            if self._gone.done():
+                await asyncio.wait((self._ended,))
 
     async def _recv_arrived(self, tag: int, buffer: Buffer) -> None:
         def arrived() -> bool:
@@ -91,7 +107,7 @@ class UcxConnection:
                 raise TransferFailed("KV connection is closed.")
             if self._endpoint.tag_probe(tag, force_tag=True).matched:
                 return True
-            if self._endpoint.closed:
+            if self._lost:
                 raise TransferFailed(f"KV connection lost: the peer is gone before message {tag} came.")
             return False
 
@@ -153,7 +169,8 @@ class UcxConnection:
         self._gone.set_result(None)
         self._loop.remove_reader(self._watch.fileno())
         self._watch.close()
-        self._endpoint.abort()
+        for endpoint in self._endpoints:
+            endpoint.abort()
         self._drop_when_unused()
 
     @contextlib.contextmanager
@@ -167,5 +184,6 @@ class UcxConnection:
             self._drop_when_unused()
 
     def _drop_when_unused(self) -> None:
-        if self._gone.done() and not self._operations:
+        if self._gone.done() and not self._operations and not self._ended.done():
             self._lane.drop()
+            self._ended.set_result(None)

@@ -57,19 +57,28 @@ class Lane:
         finally:
             del self._polls[waiting]
 
-    def turn(self, spins: int, *, everyone: bool) -> None:
+    def turn(self, spins: int, *, everyone: bool) -> bool:
         """Messages come about in the order they were announced: probing all of them each time costs more than it finds."""
-        if self._context is not None:
-            for _ in range(spins):
-                self._context.worker.progress()
+        moved = self._progress(spins)
         for waiting, ready in self._polls.items() if everyone else islice(self._polls.items(), _POLLED_PER_TURN):
             if waiting.done():
                 continue
             try:
                 if ready():
+                    moved = True
                     waiting.set_result(None)
             except TransferFailed as error:
                 waiting.set_exception(error)
+        return moved
+
+    def _progress(self, spins: int) -> bool:
+        if self._context is None:
+            return False
+        worker = self._context.worker
+        for spin in range(spins):
+            if not worker.progress_once():
+                return spin > 0
+        return True
 
     def drop(self) -> None:
         """Gives the context back. Afterwards UCX touches none of the lane's buffers."""

@@ -49,7 +49,8 @@ class Listener(Protocol):
 
 
 class _Worker(Protocol):
-    def progress(self) -> object: ...
+    def progress_once(self) -> bool:
+        """True where something moved."""
 
 
 class Context(Protocol):

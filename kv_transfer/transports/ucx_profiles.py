@@ -33,11 +33,17 @@ PROFILES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "UCX_TLS": "tcp",
             "UCX_TCP_TX_SEG_SIZE": "128K",
             "UCX_TCP_RX_SEG_SIZE": "128K",
+            # The peer's bytes are read from the socket straight into the receive's buffer; else they are copied there once more.
+            "UCX_RNDV_SCHEME": "put_zcopy",
         },
         # PyPI's libucx has no verbs: a system UCX is preferred, and UCX chooses among its transports.
         "rdma": {**_EVERYWHERE, "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY": "true"},
     }
 )
+
+# Endpoints between two peers, each a socket of its own where UCX uses TCP: while the one is read, the others fill, and no flow of a
+# network's limit per flow bounds the whole. Shared memory has no use for more than one queue; RDMA is left to UCX.
+STREAMS: Mapping[str, int] = MappingProxyType({"host": 1, "tcp": 4, "rdma": 1})
 
 
 def apply_profile(profile: str) -> None:

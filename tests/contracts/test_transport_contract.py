@@ -1,5 +1,6 @@
 """The contract of Transport and Connection, over ucx, tcp and inproc; `make test-nixl` runs it over nixl, which is optional and large.
 
+PDSERVE_TEST_PROFILE is the profile of the settings for UCX (host).
 PDSERVE_TEST_TRANSPORTS names others than those three. What it names is never skipped: without its library the tests fail.
 """
 
@@ -27,7 +28,7 @@ from service_kit.config import TransferConfig
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-CONFIG = TransferConfig(connect_s=2.0)
+CONFIG = TransferConfig.model_validate({"connect_s": 2.0, "profile": os.environ.get("PDSERVE_TEST_PROFILE", "host")})
 TRANSPORTS = os.environ.get("PDSERVE_TEST_TRANSPORTS", "ucx,tcp,inproc").split(",")
 SLACK_S = 5.0  # of a busy machine
 _tags = itertools.count(secrets.randbits(62))
