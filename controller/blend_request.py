@@ -7,6 +7,7 @@ from controller.kv_blend import (
     DEFAULT_RATIO,
     KvBlend,
     Method,
+    Ratio,
     Recipe,
     blend,
     marked,
@@ -29,7 +30,7 @@ def blend_of(message: inference_pb2.KvBlend, token_ids: bytes) -> KvBlend | None
         raise InvalidRequest("kv_blend.method: is unknown: use METHOD_BLEND or METHOD_EPIC.", param="kv_blend.method")
     recipe = Recipe(
         _METHODS[message.method],
-        message.ratio if message.HasField("ratio") else DEFAULT_RATIO,
+        _ratio(message),
         message.first_tokens if message.HasField("first_tokens") else DEFAULT_FIRST_TOKENS,
     )
     by_separator = message.WhichOneof("separator") is not None
@@ -41,3 +42,11 @@ def blend_of(message: inference_pb2.KvBlend, token_ids: bytes) -> KvBlend | None
             raise InvalidRequest("kv_blend.separator: must be whole int32 values.", param="kv_blend.separator")
         return blend(recipe, separated(token_ids, message.separator_ids), prompt_tokens)
     return blend(recipe, marked([(span.start, span.end) for span in message.chunks], prompt_tokens), prompt_tokens)
+
+
+def _ratio(message: inference_pb2.KvBlend) -> Ratio:
+    if message.auto_ratio and message.HasField("ratio"):
+        raise InvalidRequest("kv_blend.ratio: give either a number or auto_ratio.", param="kv_blend.ratio")
+    if message.auto_ratio:
+        return "auto"
+    return message.ratio if message.HasField("ratio") else DEFAULT_RATIO

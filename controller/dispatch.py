@@ -80,8 +80,8 @@ def work_of(group: Group, attempt: int, identity: bytes) -> worker_pb2.Work:
         priority=live.request.priority,
         tenant=tenant_digest(live.request.cache_salt),
     )
-    if live.request.kv_blend is not None:
-        put_blend(work, live.request.kv_blend, identity, live.request.cache_salt)
+    if live.kv_blend is not None:
+        put_blend(work, live.kv_blend, identity, live.request.cache_salt)
     return work
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from controller import work_messages
 from controller.admission import Waiting
+from controller.blend_ratio import choose_ratio
+from controller.blend_speeds import cost_of
 from controller.dispatch import Dispatch, Group, burdens_of, work_of
 from controller.dispatch_table import DispatchTable
 from controller.fleet import Fleet
@@ -64,6 +66,7 @@ class Dispatcher:
         now, group, live = self._clock(), entry.item, entry.item.live
         decode = self._fleet.record(pick.decode_worker)
         assert decode is not None, "picked from a snapshot of this moment"
+        self._choose_ratio(live, pick)
         work = work_of(group, attempt, decode.info.identity.digest)
         self._name_source(work, pick)
         resumed = len(live.outputs[group.choices[0]].token_ids)
@@ -93,12 +96,19 @@ class Dispatcher:
             self._run(dispatch, now)
             self._fleet.send(pick.decode_worker, work_messages.generate(work))
 
+    def _choose_ratio(self, live: LiveRequest, pick: Pick) -> None:
+        """By what was measured where it is computed first."""
+        if live.kv_blend is None or not live.kv_blend.undecided:
+            return
+        request, record = live.request, self._fleet.record(_computing(pick))
+        assert record is not None, "picked from a snapshot of this moment"
+        live.choose_ratio(choose_ratio(cost_of(live.kv_blend, request.token_ids, request.cache_salt, record)))
+
     def _name_source(self, work: worker_pb2.Work, pick: Pick) -> None:
         """Where whoever computes may pull KV from. Where the prompt's logprobs are asked for, all of it is computed."""
         if not work.block_hashes or work.sampling.HasField("prompt_logprobs"):
             return
-        puller = pick.prefill_worker if pick.kind == "split" else pick.decode_worker
-        source = self._fleet.kv_source(puller, work.block_hashes)
+        source = self._fleet.kv_source(_computing(pick), work.block_hashes)
         if source is not None:
             work.source.CopyFrom(source)
 
@@ -250,6 +260,11 @@ class Dispatcher:
         for live, failure in self._room.expired(now, absent_since_s):
             self.fail(live, failure)
         self.pump()
+
+
+def _computing(pick: Pick) -> str:
+    """The worker that computes the prompt."""
+    return pick.prefill_worker if pick.kind == "split" else pick.decode_worker
 
 
 _OUTCOMES: dict[RequestState, AttemptOutcome] = {

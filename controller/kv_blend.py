@@ -6,14 +6,15 @@ Blended KV is approximate. A request opts in; the operator allows it for a model
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from kv_transfer.keys import TOKEN_BYTES, chunk_hashes, namespace_root
 from pdserve.errors import InvalidRequest
 from pdserve.v1 import worker_pb2
 
 Method = Literal["blend", "epic"]
+Ratio: TypeAlias = float | Literal["auto"]
 DEFAULT_RATIO = 0.15
 DEFAULT_FIRST_TOKENS = 32
 MAX_FIRST_TOKENS = 2**31 - 1
@@ -31,14 +32,15 @@ _METHODS: dict[Method, worker_pb2.Blend.Method.ValueType] = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """ratio: of the chunks' tokens that are computed anew (CacheBlend). first_tokens: of each chunk, computed anew (EPIC)."""
+    """ratio: of the chunks' tokens that are computed anew (CacheBlend); "auto": chosen by measured speeds (`controller.blend_ratio`),
+    once for all attempts. first_tokens: of each chunk, computed anew (EPIC)."""
 
     method: Method = "blend"
-    ratio: float = DEFAULT_RATIO
+    ratio: Ratio = DEFAULT_RATIO
     first_tokens: int = DEFAULT_FIRST_TOKENS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
+        if self.ratio != "auto" and not 0 <= self.ratio <= 1:
             raise InvalidRequest("kv_blend.ratio: must lie between 0 and 1.", param="kv_blend.ratio")
         if not 0 <= self.first_tokens <= MAX_FIRST_TOKENS:
             raise InvalidRequest("kv_blend.first_tokens: must not be negative.", param="kv_blend.first_tokens")
@@ -58,6 +60,14 @@ class KvBlend:
 
     recipe: Recipe
     chunks: tuple[Chunk, ...]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether its ratio is still to be chosen."""
+        return self.recipe.method == "blend" and self.recipe.ratio == "auto"
+
+    def with_ratio(self, ratio: float) -> KvBlend:
+        return replace(self, recipe=replace(self.recipe, ratio=ratio))
 
 
 def check_allowed(model: str, *, allowed: bool) -> None:
@@ -145,12 +155,19 @@ def _find(token_ids: bytes, wanted: bytes, start: int) -> int:
 def put_blend(work: worker_pb2.Work, asked: KvBlend, identity: bytes, cache_salt: str) -> None:
     """Into a work whose token_ids are set. It must carry no block hashes: approximate KV enters no exact index."""
     assert not work.block_hashes
-    root, recipe, content = namespace_root(identity, cache_salt), asked.recipe, memoryview(work.token_ids)
-    for chunk in asked.chunks:
-        keys = chunk_hashes(root, bytes(content[chunk.start * TOKEN_BYTES : chunk.end * TOKEN_BYTES]))
+    assert not asked.undecided
+    recipe = asked.recipe
+    for chunk, keys in zip(asked.chunks, keys_of(asked.chunks, work.token_ids, identity, cache_salt), strict=True):
         work.chunks.append(worker_pb2.Chunk(start=chunk.start, count=chunk.end - chunk.start, keys=keys))
-    method = _METHODS[recipe.method]
-    work.blend.CopyFrom(worker_pb2.Blend(method=method, ratio=recipe.ratio, first_tokens=recipe.first_tokens))
+    work.blend.method, work.blend.first_tokens = _METHODS[recipe.method], recipe.first_tokens
+    work.blend.ratio = DEFAULT_RATIO if recipe.ratio == "auto" else recipe.ratio  # EPIC does not look at it
+
+
+def keys_of(chunks: Iterable[Chunk], token_ids: bytes, identity: bytes, cache_salt: str) -> list[bytes]:
+    """Keys of the hash units of each chunk, by its content."""
+    root, content = namespace_root(identity, cache_salt), memoryview(token_ids)
+    spans = (slice(chunk.start * TOKEN_BYTES, chunk.end * TOKEN_BYTES) for chunk in chunks)
+    return [chunk_hashes(root, bytes(content[span])) for span in spans]
 
 
 def _refused(param: str, what: str) -> InvalidRequest:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, assert_never
 
+from controller.blend_ratio import RatioChoice
 from controller.choice_output import ChoiceOutput, Vocabulary
 from controller.lifecycle import (
     FINAL,
@@ -56,6 +57,7 @@ class LiveRequest:
     ) -> None:
         self.key = key
         self.request = request
+        self.kv_blend = request.kv_blend  # its ratio is chosen before the first dispatch, and stays
         self.timeline = timeline
         self.states = [ChoiceState(max_attempts) for _ in range(request.n)]
         self.outputs = [ChoiceOutput(request, vocabulary) for _ in range(request.n)]
@@ -155,6 +157,13 @@ class LiveRequest:
         assert kind is not None
         return kind
 
+    def choose_ratio(self, choice: RatioChoice) -> None:
+        """Once: every attempt must compute the same tokens."""
+        assert self.kv_blend is not None
+        assert self.kv_blend.undecided
+        self.kv_blend = self.kv_blend.with_ratio(choice.ratio) if choice.ratio is not None else None
+        self.timeline.ratio_choice = choice
+
     # ---- what a dispatch needs
 
     def next_attempt(self) -> int:
@@ -173,7 +182,7 @@ class LiveRequest:
     def block_hashes(self, identity: bytes, token_ids: bytes) -> bytes:
         """Keys of all full units of `token_ids`, which begins with the prompt; the prompt's own are computed once. None where KV
         is blended: what is approximate is neither looked up nor stored as exact."""
-        if self.request.kv_blend is not None:
+        if self.kv_blend is not None:
             return b""
         root = namespace_root(identity, self.request.cache_salt)
         if self._hashes[0] != identity:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from controller.blend_ratio import RatioChoice
 from controller.kv_operations import KvOperations
 from controller.placement.decision import Decision
 from tokenization.chat_template import ChatTemplate
@@ -152,6 +153,7 @@ class RequestTimeline:
     attempts: tuple[Attempt, ...]
     decisions: tuple[Decision, ...]
     blended_tokens: int = 0  # of the first attempt
+    ratio_choice: RatioChoice | None = None  # where the request left it to measured speeds
 
 
 class Operations(Protocol):

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from controller.blend_ratio import RatioChoice
 from controller.operations import Attempt, Outcome, RequestState, RequestSummary, RequestTimeline, Stage, StageName
 from controller.placement.explain import Placed
 from controller.request import GenerationRequest
@@ -71,6 +72,7 @@ class Timeline:
     output_tokens: int = 0
     cached_tokens: int = 0
     blended_tokens: int = 0
+    ratio_choice: RatioChoice | None = None
     first_token_s: float | None = None
     ended_s: float | None = None
     error: str = ""
@@ -134,6 +136,7 @@ class Timeline:
             attempts=tuple(notes.view() for notes in self.attempts),
             decisions=tuple(placed.decision() for placed in self.placements),
             blended_tokens=self.blended_tokens,
+            ratio_choice=self.ratio_choice,
         )
 
     def _stage(self, stage: OpenStage) -> Stage:

@@ -197,7 +197,8 @@ def _blend(blend: KvBlend) -> inference_pb2.KvBlend:
     try:
         message = inference_pb2.KvBlend(
             method=_METHODS[blend.method],
-            ratio=blend.ratio,
+            ratio=None if blend.ratio == "auto" else blend.ratio,
+            auto_ratio=blend.ratio == "auto",
             first_tokens=blend.first_tokens,
             chunks=[inference_pb2.TokenSpan(start=start, end=end) for start, end in blend.chunks],
         )

@@ -51,7 +51,8 @@ class KvBlend:
     chunks: Sequence[tuple[int, int]] = ()  # in order, disjoint; not the last two tokens
     separator: str | Sequence[int] = ""
     method: Literal["blend", "epic"] = "blend"
-    ratio: float | None = None  # blend: share of the chunks' tokens computed anew; None = 0.15
+    # blend: share of the chunks' tokens computed anew; None = 0.15; "auto" = by measured speeds of loading and computing
+    ratio: float | Literal["auto"] | None = None
     first_tokens: int | None = None  # epic: tokens of each chunk computed anew; None = 32
 
 

@@ -59,6 +59,7 @@ class LoadBoard:
             expired_leases=receiver.expired_leases,
             resident_bytes=load.resident_bytes,
             key_collisions=load.key_collisions,
+            prefill_token_us=load.prefill_token_us,
         )
         self._add_tiers(report)
         return report

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
 from controller.http_api.field_types import INT32_MAX, check_ids
-from controller.kv_blend import DEFAULT_FIRST_TOKENS, DEFAULT_RATIO, MAX_CHUNKS, Recipe
+from controller.kv_blend import DEFAULT_FIRST_TOKENS, DEFAULT_RATIO, MAX_CHUNKS, Ratio, Recipe
 
 MAX_SEPARATOR_CHARS = 1024
 _OFFSET = {"type": "integer", "minimum": 0, "maximum": INT32_MAX}
@@ -50,6 +50,14 @@ def _separator(value: object) -> str | tuple[int, ...] | None:
     return tuple(ids)
 
 
+def _ratio(value: object) -> Ratio:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError('must be a number from 0 to 1, or "auto"')
+    return value
+
+
 ChunkMarks = Annotated[
     Pairs | Literal["messages"] | None,
     PlainValidator(_chunks),
@@ -78,6 +86,13 @@ Separator = Annotated[
 ]
 
 
+BlendRatio = Annotated[
+    Ratio,
+    PlainValidator(_ratio),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"const": "auto"}]}),
+]
+
+
 class KvBlendBody(BaseModel):
     """Reuse of KV of chunks wherever they stand: approximate, and only where the operator allows it."""
 
@@ -87,7 +102,10 @@ class KvBlendBody(BaseModel):
         "blend",
         description="blend: CacheBlend, the tokens whose KV deviates most are computed anew; epic: the first ones.",
     )
-    ratio: float = Field(DEFAULT_RATIO, ge=0, le=1, description="blend: share of the chunks' tokens computed anew.")
+    ratio: BlendRatio = Field(
+        DEFAULT_RATIO,
+        description='blend: share of the chunks\' tokens computed anew, or "auto": by measured speeds of loading and computing.',
+    )
     first_tokens: int = Field(
         DEFAULT_FIRST_TOKENS, ge=0, le=INT32_MAX, description="epic: tokens of each chunk computed anew."
     )

@@ -50,8 +50,20 @@ def _summary(timeline: Record, terminal: Terminal) -> None:
         f"({timeline.integer('cached_tokens')} cached{blended}), {summary.integer('output_tokens')} output tokens, "
         f"{summary.integer('choices')} choices{ttft}, {seconds(summary.number('total_s'))} in all"
     )
+    if timeline.has("ratio_choice"):
+        terminal.say(_ratio_choice(timeline.record("ratio_choice")))
     if summary.text("error"):
         terminal.say(f"failed: {summary.text('error')}: {summary.text('error_message')}")
+
+
+def _ratio_choice(choice: Record) -> str:
+    speeds = "nothing was measured yet"
+    if choice.number("whole_s"):
+        loading, blending, whole = (seconds(choice.number(name)) for name in ("load_s", "blend_s", "whole_s"))
+        speeds = f"{loading} to load, {blending} to blend, {whole} to compute the whole prompt"
+    if choice.has("ratio"):
+        return f"blended at ratio {choice.number('ratio'):g}, by measured speeds: {speeds}"
+    return f"computed whole, by measured speeds: {speeds}"
 
 
 def _decision(decision: Record, terminal: Terminal) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdserve.v1 import types_pb2 as pdserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdserve/v1/inference.proto\x12\npdserve.v1\x1a\x16pdserve/v1/types.proto\"M\n\tRouteHint\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\"\xdf\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x13\n\ttoken_ids\x18\x04 \x01(\x0cH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\t\n\x01n\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\ncache_salt\x18\t \x01(\t\x12$\n\x05route\x18\n \x01(\x0b\x32\x15.pdserve.v1.RouteHint\x12\x11\n\tskip_text\x18\x0b \x01(\x08\x12\x12\n\nnext_index\x18\x0c \x03(\r\x12\x19\n\x11include_stop_text\x18\r \x01(\x08\x12%\n\x08kv_blend\x18\x0e \x01(\x0b\x32\x13.pdserve.v1.KvBlendB\x08\n\x06prompt\"\xab\x02\n\x07KvBlend\x12*\n\x06method\x18\x01 \x01(\x0e\x32\x1a.pdserve.v1.KvBlend.Method\x12\x12\n\x05ratio\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x19\n\x0c\x66irst_tokens\x18\x03 \x01(\rH\x02\x88\x01\x01\x12%\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x15.pdserve.v1.TokenSpan\x12\x18\n\x0eseparator_text\x18\x05 \x01(\tH\x00\x12\x17\n\rseparator_ids\x18\x06 \x01(\x0cH\x00\"C\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x10\n\x0cMETHOD_BLEND\x10\x01\x12\x0f\n\x0bMETHOD_EPIC\x10\x02\x42\x0b\n\tseparatorB\x08\n\x06_ratioB\x0f\n\r_first_tokens\"\'\n\tTokenSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\xa6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x17.pdserve.v1.ChoiceDelta\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12\x32\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x19.pdserve.v1.TokenLogprobs\"\xc0\x01\n\x0b\x43hoiceDelta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.pdserve.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x07 \x01(\t\"h\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x62lended_tokens\x18\x04 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\x9c\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x1c.pdserve.v1.GenerateResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.pdserve.v1.CancelRequest\x1a\x1a.pdserve.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdserve/v1/inference.proto\x12\npdserve.v1\x1a\x16pdserve/v1/types.proto\"M\n\tRouteHint\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\"\xdf\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x13\n\ttoken_ids\x18\x04 \x01(\x0cH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\t\n\x01n\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\ncache_salt\x18\t \x01(\t\x12$\n\x05route\x18\n \x01(\x0b\x32\x15.pdserve.v1.RouteHint\x12\x11\n\tskip_text\x18\x0b \x01(\x08\x12\x12\n\nnext_index\x18\x0c \x03(\r\x12\x19\n\x11include_stop_text\x18\r \x01(\x08\x12%\n\x08kv_blend\x18\x0e \x01(\x0b\x32\x13.pdserve.v1.KvBlendB\x08\n\x06prompt\"\xbf\x02\n\x07KvBlend\x12*\n\x06method\x18\x01 \x01(\x0e\x32\x1a.pdserve.v1.KvBlend.Method\x12\x12\n\x05ratio\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\nauto_ratio\x18\x07 \x01(\x08\x12\x19\n\x0c\x66irst_tokens\x18\x03 \x01(\rH\x02\x88\x01\x01\x12%\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x15.pdserve.v1.TokenSpan\x12\x18\n\x0eseparator_text\x18\x05 \x01(\tH\x00\x12\x17\n\rseparator_ids\x18\x06 \x01(\x0cH\x00\"C\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x10\n\x0cMETHOD_BLEND\x10\x01\x12\x0f\n\x0bMETHOD_EPIC\x10\x02\x42\x0b\n\tseparatorB\x08\n\x06_ratioB\x0f\n\r_first_tokens\"\'\n\tTokenSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\xa6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x17.pdserve.v1.ChoiceDelta\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12\x32\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x19.pdserve.v1.TokenLogprobs\"\xc0\x01\n\x0b\x43hoiceDelta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.pdserve.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x07 \x01(\t\"h\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x62lended_tokens\x18\x04 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\x9c\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x1c.pdserve.v1.GenerateResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.pdserve.v1.CancelRequest\x1a\x1a.pdserve.v1.CancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=146
   _globals['_GENERATEREQUEST']._serialized_end=497
   _globals['_KVBLEND']._serialized_start=500
-  _globals['_KVBLEND']._serialized_end=799
-  _globals['_KVBLEND_METHOD']._serialized_start=692
-  _globals['_KVBLEND_METHOD']._serialized_end=759
-  _globals['_TOKENSPAN']._serialized_start=801
-  _globals['_TOKENSPAN']._serialized_end=840
-  _globals['_GENERATERESPONSE']._serialized_start=843
-  _globals['_GENERATERESPONSE']._serialized_end=1009
-  _globals['_CHOICEDELTA']._serialized_start=1012
-  _globals['_CHOICEDELTA']._serialized_end=1204
-  _globals['_USAGE']._serialized_start=1206
-  _globals['_USAGE']._serialized_end=1310
-  _globals['_CANCELREQUEST']._serialized_start=1312
-  _globals['_CANCELREQUEST']._serialized_end=1347
-  _globals['_CANCELRESPONSE']._serialized_start=1349
-  _globals['_CANCELRESPONSE']._serialized_end=1380
-  _globals['_INFERENCESERVICE']._serialized_start=1383
-  _globals['_INFERENCESERVICE']._serialized_end=1539
+  _globals['_KVBLEND']._serialized_end=819
+  _globals['_KVBLEND_METHOD']._serialized_start=712
+  _globals['_KVBLEND_METHOD']._serialized_end=779
+  _globals['_TOKENSPAN']._serialized_start=821
+  _globals['_TOKENSPAN']._serialized_end=860
+  _globals['_GENERATERESPONSE']._serialized_start=863
+  _globals['_GENERATERESPONSE']._serialized_end=1029
+  _globals['_CHOICEDELTA']._serialized_start=1032
+  _globals['_CHOICEDELTA']._serialized_end=1224
+  _globals['_USAGE']._serialized_start=1226
+  _globals['_USAGE']._serialized_end=1330
+  _globals['_CANCELREQUEST']._serialized_start=1332
+  _globals['_CANCELREQUEST']._serialized_end=1367
+  _globals['_CANCELRESPONSE']._serialized_start=1369
+  _globals['_CANCELRESPONSE']._serialized_end=1400
+  _globals['_INFERENCESERVICE']._serialized_start=1403
+  _globals['_INFERENCESERVICE']._serialized_end=1559
 # @@protoc_insertion_point(module_scope)

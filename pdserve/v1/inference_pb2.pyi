@@ -151,6 +151,7 @@ class KvBlend(_message.Message):
 
     METHOD_FIELD_NUMBER: _builtins.int
     RATIO_FIELD_NUMBER: _builtins.int
+    AUTO_RATIO_FIELD_NUMBER: _builtins.int
     FIRST_TOKENS_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     SEPARATOR_TEXT_FIELD_NUMBER: _builtins.int
@@ -158,6 +159,8 @@ class KvBlend(_message.Message):
     method: Global___KvBlend.Method.ValueType
     ratio: _builtins.float
     """METHOD_BLEND: share of the chunks' tokens; absent = 0.15"""
+    auto_ratio: _builtins.bool
+    """METHOD_BLEND, instead of `ratio`: chosen by measured speeds of loading and computing"""
     first_tokens: _builtins.int
     """METHOD_EPIC; absent = 32"""
     separator_text: _builtins.str
@@ -172,6 +175,7 @@ class KvBlend(_message.Message):
         *,
         method: Global___KvBlend.Method.ValueType = ...,
         ratio: _builtins.float | None = ...,
+        auto_ratio: _builtins.bool = ...,
         first_tokens: _builtins.int | None = ...,
         chunks: _abc.Iterable[Global___TokenSpan] | None = ...,
         separator_text: _builtins.str = ...,
@@ -179,7 +183,7 @@ class KvBlend(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_tokens", b"_first_tokens", "_ratio", b"_ratio", "first_tokens", b"first_tokens", "ratio", b"ratio", "separator", b"separator", "separator_ids", b"separator_ids", "separator_text", b"separator_text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_tokens", b"_first_tokens", "_ratio", b"_ratio", "chunks", b"chunks", "first_tokens", b"first_tokens", "method", b"method", "ratio", b"ratio", "separator", b"separator", "separator_ids", b"separator_ids", "separator_text", b"separator_text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_tokens", b"_first_tokens", "_ratio", b"_ratio", "auto_ratio", b"auto_ratio", "chunks", b"chunks", "first_tokens", b"first_tokens", "method", b"method", "ratio", b"ratio", "separator", b"separator", "separator_ids", b"separator_ids", "separator_text", b"separator_text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_tokens: _TypeAlias = _typing.Literal["first_tokens"]  # noqa: Y015
     _WhichOneofArgType__first_tokens: _TypeAlias = _typing.Literal["_first_tokens", b"_first_tokens"]  # noqa: Y015

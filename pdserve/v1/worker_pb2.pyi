@@ -1057,6 +1057,7 @@ class LoadReport(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
     KEY_COLLISIONS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKEN_US_FIELD_NUMBER: _builtins.int
     engine_step: _builtins.int
     """a hung engine is seen"""
     blocks_total: _builtins.int
@@ -1080,6 +1081,8 @@ class LoadReport(_message.Message):
     resident_bytes: _builtins.int
     key_collisions: _builtins.int
     """lookups on the device that met another page under the key, since start"""
+    prefill_token_us: _builtins.float
+    """computing a prompt, of the last steps that did; 0 = there was none yet"""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Role.ValueType]: ...
     @_builtins.property
@@ -1111,10 +1114,11 @@ class LoadReport(_message.Message):
         tiers: _abc.Iterable[Global___TierReport] | None = ...,
         loads: Global___TierLoads | None = ...,
         key_collisions: _builtins.int = ...,
+        prefill_token_us: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loads", b"loads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_leaked", b"blocks_leaked", "blocks_total", b"blocks_total", "draining", b"draining", "engine_step", b"engine_step", "expired_leases", b"expired_leases", "key_collisions", b"key_collisions", "loads", b"loads", "preemptions", b"preemptions", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "roles", b"roles", "running", b"running", "step_ms", b"step_ms", "tiers", b"tiers", "verify_failures", b"verify_failures", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_leaked", b"blocks_leaked", "blocks_total", b"blocks_total", "draining", b"draining", "engine_step", b"engine_step", "expired_leases", b"expired_leases", "key_collisions", b"key_collisions", "loads", b"loads", "preemptions", b"preemptions", "prefill_token_us", b"prefill_token_us", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "roles", b"roles", "running", b"running", "step_ms", b"step_ms", "tiers", b"tiers", "verify_failures", b"verify_failures", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -95,6 +95,9 @@ def test_defaults_of_the_proto_are_those_of_http() -> None:
     changed.kv_blend.method, changed.kv_blend.ratio = inference_pb2.KvBlend.METHOD_EPIC, 0
     changed.kv_blend.first_tokens = 0
     assert blend_of(changed.kv_blend, PROMPT) == KvBlend(Recipe("epic", 0, 0), (Chunk(0, 40),))
+    by_speeds = message()
+    by_speeds.kv_blend.auto_ratio = True
+    assert blend_of(by_speeds.kv_blend, PROMPT) == KvBlend(Recipe(ratio="auto"), (Chunk(0, 40),))
 
 
 def _both(changed: inference_pb2.GenerateRequest) -> None:
@@ -103,6 +106,10 @@ def _both(changed: inference_pb2.GenerateRequest) -> None:
 
 def _neither(changed: inference_pb2.GenerateRequest) -> None:
     del changed.kv_blend.chunks[:]
+
+
+def _two_ratios(changed: inference_pb2.GenerateRequest) -> None:
+    changed.kv_blend.ratio, changed.kv_blend.auto_ratio = 0.2, True
 
 
 def _torn(changed: inference_pb2.GenerateRequest) -> None:
@@ -127,7 +134,8 @@ def _prompt_logprobs(changed: inference_pb2.GenerateRequest) -> None:
     ("change", "param"),
     [
         (_both, "kv_blend"), (_neither, "kv_blend"), (_torn, "kv_blend.separator"),
-        (_empty_separator, "kv_blend.separator"), (_ratio, "kv_blend.ratio"), (_prompt_logprobs, "kv_blend"),
+        (_empty_separator, "kv_blend.separator"), (_two_ratios, "kv_blend.ratio"),
+        (_ratio, "kv_blend.ratio"), (_prompt_logprobs, "kv_blend"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_blended_is_refused_by_name(

@@ -94,6 +94,8 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         self.acknowledged = 0
         self.draining = False
         self.tiers: list[worker_pb2.TierReport] = []
+        self.prefill_token_us = 0.0
+        self.layers = 12
         self.kv_answer: Callable[[worker_pb2.KvCommand], worker_pb2.CommandResult | None] = lambda command: None
         self.steps = 0
         self._fleet = fleet
@@ -147,6 +149,7 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
             address=self.address,
             roles=self.roles,
             identity=types_pb2.KvIdentity(digest=self._identity, model="twin"),
+            layout=[types_pb2.LayoutGroup(layer_count=self.layers)],
             kv_endpoints=[types_pb2.KvEndpoint(transport=name, address="127.0.0.1:1") for name in self._transports],
             capabilities=membership_pb2.Capabilities(
                 max_context_tokens=self._max_context, max_batch=self._max_batch, token_budget=2048,
@@ -161,7 +164,7 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.LoadReport(
             engine_step=self.steps, blocks_total=self._blocks, blocks_free=max(0, self._blocks - used),
             running=sum(len(run.next_index) for run in self.runs.values()), roles=self.roles, draining=self.draining,
-            step_ms=self._step_s * 1000, tiers=self.tiers,
+            step_ms=self._step_s * 1000, tiers=self.tiers, prefill_token_us=self.prefill_token_us,
         )  # fmt: skip
 
     # ---- the session

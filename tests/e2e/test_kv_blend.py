@@ -92,6 +92,24 @@ def _timeline(cluster: Cluster, request_id: str) -> Record:
     return Record.parse(httpx.get(f"{cluster.api_url}/api/v1/requests/{request_id}", timeout=10).text)
 
 
+async def test_what_measured_speeds_chose_is_told_and_can_be_asked_for_again(cluster: Cluster) -> None:
+    wait_until(lambda: cluster.ready(3), "three workers ready")
+    tag = f"auto-{time.monotonic_ns()}"
+    body = {**BODY, "max_tokens": 40, "kv_blend": {"chunks": CHUNKS, "ratio": "auto"}}
+    headers = {"x-request-id": tag}
+    async with httpx.AsyncClient(base_url=cluster.api_url, timeout=60, headers=headers) as client:
+        by_speeds = await complete(client, body)
+    timeline = _timeline(cluster, tag)
+    choice = timeline.record("ratio_choice")
+    explained = run_cli(cluster.state_dir, "explain", tag)
+    assert explained.returncode == 0, explained.stdout + explained.stderr
+    assert "by measured speeds: " in explained.stdout
+    blend = {"chunks": CHUNKS, "ratio": choice.number("ratio")} if choice.has("ratio") else None
+    assert timeline.integer("blended_tokens") == (BLENDED if choice.has("ratio") else 0)
+    again = await _stream(cluster, {**body, "kv_blend": blend})
+    assert again.token_ids == by_speeds.token_ids
+
+
 def test_messages_of_a_chat_are_found_again_in_another_order(cluster: Cluster) -> None:
     wait_until(lambda: cluster.ready(3), "three workers ready")
     notes = [f"Note {number}: " + " ".join(f"line {number * at}" for at in range(40)) for number in (3, 5)]

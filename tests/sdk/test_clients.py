@@ -210,17 +210,19 @@ def test_a_blend_is_in_the_message_with_what_was_left_out_absent(serve: ServerMa
         KvBlend(chunks=[(0, 20), (20, 40)], ratio=0.0),
         KvBlend(separator="###", method="epic", first_tokens=0),
         KvBlend(separator=[7, 8]),
+        KvBlend(separator=[7], ratio="auto"),
     ]
     with Client(server.address) as client:
         for blend in asked:
             options = RequestOptions(kv_blend=blend)
             client.generate([1] * 50, Sampling(max_tokens=1), options=options).result()
-    by_offset, by_text, by_ids = (request.kv_blend for request in server.requests)
+    by_offset, by_text, by_ids, by_speeds = (request.kv_blend for request in server.requests)
     assert [(span.start, span.end) for span in by_offset.chunks] == [(0, 20), (20, 40)]
     assert (by_offset.HasField("ratio"), by_offset.ratio, by_offset.WhichOneof("separator")) == (True, 0.0, None)
     assert (by_text.separator_text, by_text.method) == ("###", inference_pb2.KvBlend.METHOD_EPIC)
     assert (by_text.HasField("first_tokens"), by_text.HasField("ratio")) == (True, False)
     assert by_ids.separator_ids == b"\x07\0\0\0\x08\0\0\0"
+    assert [(one.auto_ratio, one.HasField("ratio")) for one in (by_offset, by_speeds)] == [(False, True), (True, False)]
 
 
 @pytest.mark.parametrize("chunks", [[(-1, 5)], [(0, 2**40)], [(0.5, 20)]])

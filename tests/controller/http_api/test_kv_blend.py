@@ -37,6 +37,9 @@ def test_offsets_arrive_with_the_defaults(api: ApiServer) -> None:
     assert request.kv_blend == KvBlend(Recipe("blend", 0.15, 32), (Chunk(0, 20), Chunk(30, 98)))
     body = {"prompt": IDS, "kv_blend": {**ONE_CHUNK, "method": "epic", "ratio": 1, "first_tokens": 0}}
     assert _requested(api, "/v1/completions", body).kv_blend == KvBlend(Recipe("epic", 1, 0), (Chunk(0, 20),))
+    by_speeds: dict[str, object] = {**ONE_CHUNK, "ratio": "auto"}
+    request = _requested(api, "/v1/completions", {"prompt": IDS, "kv_blend": by_speeds})
+    assert request.kv_blend == KvBlend(Recipe(ratio="auto"), (Chunk(0, 20),))
 
 
 def test_without_it_or_with_short_chunks_alone_a_request_is_exact(api: ApiServer) -> None:
@@ -108,6 +111,8 @@ CHAT: dict[str, object] = {"messages": [{"role": "user", "content": "hello"}], "
         ({**PROMPT, "kv_blend": {**ONE_CHUNK, "mode": "blend"}}, "kv_blend.mode"),
         ({**PROMPT, "kv_blend": {**ONE_CHUNK, "method": "naive"}}, "kv_blend.method"),
         ({**PROMPT, "kv_blend": {**ONE_CHUNK, "ratio": 1.1}}, "kv_blend.ratio"),
+        ({**PROMPT, "kv_blend": {**ONE_CHUNK, "ratio": "fast"}}, "kv_blend.ratio"),
+        ({**PROMPT, "kv_blend": {**ONE_CHUNK, "ratio": True}}, "kv_blend.ratio"),
         ({**PROMPT, "kv_blend": {**ONE_CHUNK, "first_tokens": -1}}, "kv_blend.first_tokens"),
         ({**PROMPT, "kv_blend": {"chunks": []}}, "kv_blend.chunks"),
         ({**PROMPT, "kv_blend": {"chunks": [[0, True]]}}, "kv_blend.chunks"),

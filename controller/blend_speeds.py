@@ -1,0 +1,41 @@
+"""Owns what the ratio of a blend is chosen by: the speeds of the worker that will compute it, and where it holds the chunks. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+
+from controller.blend_ratio import BlendCost
+from controller.kv_blend import KvBlend, keys_of
+from controller.kv_holdings import DEVICE_TIER
+from controller.worker_record import WorkerRecord
+from kv_transfer.keys import HASH_UNIT_TOKENS, TOKEN_BYTES
+from pdserve.v1 import worker_pb2
+
+MICROSECONDS = 1e-6
+
+
+def cost_of(asked: KvBlend, token_ids: bytes, cache_salt: str, record: WorkerRecord) -> BlendCost:
+    """token_ids: of the prompt, int32. record: of the worker that will compute it."""
+    keys = keys_of(asked.chunks, token_ids, record.info.identity.digest, cache_salt)
+    unit_s = _unit_seconds(record.load.tiers, record.view().block_tokens)
+    return BlendCost(
+        prompt_tokens=len(token_ids) // TOKEN_BYTES,
+        chunk_tokens=sum(chunk.end - chunk.start for chunk in asked.chunks),
+        layers=sum(group.layer_count for group in record.info.layout),
+        token_s=record.load.prefill_token_us * MICROSECONDS,
+        load_s=sum(_load_s(record.holdings.tiers_of_units(each), unit_s) for each in keys),
+    )
+
+
+def _unit_seconds(tiers: Sequence[worker_pb2.TierReport], block_tokens: int) -> dict[str, float]:
+    """Of reading a hash unit from each tier, nearest first; 0 where nothing was read yet."""
+    share = HASH_UNIT_TOKENS / block_tokens
+    return {tier.tier: share * tier.read_s / tier.read_pages if tier.read_pages else 0.0 for tier in tiers}
+
+
+def _load_s(units: Sequence[Set[str]], unit_s: Mapping[str, float]) -> float:
+    """Of one chunk, each unit from the nearest tier. A chunk of which a unit is nowhere is not loaded but computed."""
+    if not all(units):
+        return 0.0
+    below = [tiers for tiers in units if DEVICE_TIER not in tiers]
+    return sum(next((seconds for tier, seconds in unit_s.items() if tier in tiers), 0.0) for tiers in below)
