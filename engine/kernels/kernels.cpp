@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <new>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -35,6 +36,22 @@ typedef uint32_t VecBits __attribute__((vector_size(LANES * 4), aligned(4), may_
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int16_t VecShort __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int8_t VecByte __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+constexpr long LINE = 64;  // bytes that memory gives at once
+
+// Scratch begins with a line: a vector that lies in two of them costs two loads.
+template <typename Item>
+struct LineAllocator {
+  using value_type = Item;
+  LineAllocator() = default;
+  template <typename Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+  Item* allocate(size_t count) { return static_cast<Item*>(::operator new(count * sizeof(Item), std::align_val_t(LINE))); }
+  void deallocate(Item* items, size_t) { ::operator delete(items, std::align_val_t(LINE)); }
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+using Floats = std::vector<float, LineAllocator<float>>;
 
 // Of weights and pools; the numbers are those of _ELEMENTS in library.py. FLOAT8 is e4m3 without infinities: a sign, 4 bits of
 // exponent (bias 7), 3 of mantissa; up to 448, the code above it is NaN. It has no scale.
@@ -60,9 +77,18 @@ static inline __attribute__((always_inline)) Vec load(const uint8_t* from) {
 static inline __attribute__((always_inline)) void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 static inline __attribute__((always_inline)) Vec splat(float value) { return value - Vec{}; }
 
+// Of NaN and a number the second.
+static inline __attribute__((always_inline)) Vec larger(Vec one, Vec two) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(one, two);
+#else
+  return _mm256_max_ps(one, two);
+#endif
+}
+
 // e^x for x <= 0, 0 below -87: degree 6, relative error below 2e-7.
 static inline __attribute__((always_inline)) Vec exp_negative(Vec x) {
-  const Vec clamped = x < splat(-87.0f) ? splat(-87.0f) : x;
+  const Vec least = splat(-87.0f), clamped = larger(least, x);
   const Vec shifted = clamped * splat(1.44269504f) + splat(12582912.0f);  // the nearest integer, in the lowest bits
   const Vec whole = shifted - splat(12582912.0f);
   const Vec rest = clamped - whole * splat(0.693359375f) + whole * splat(2.12194440e-4f);
@@ -72,13 +98,18 @@ static inline __attribute__((always_inline)) Vec exp_negative(Vec x) {
   sum = sum * rest + splat(4.1665795894e-2f);
   sum = sum * rest + splat(1.6666665459e-1f);
   sum = sum * rest + splat(5.0000001201e-1f);
-  sum = sum * rest * rest + rest + splat(1.0f);
+  sum = sum * rest + splat(1.0f);
+  sum = sum * rest + splat(1.0f);
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), sum, whole);
+#else
   VecBits bits, power;
   std::memcpy(&bits, &sum, sizeof bits);
   std::memcpy(&power, &shifted, sizeof power);
   bits += power << 23;
   std::memcpy(&sum, &bits, sizeof sum);
-  return x < splat(-87.0f) ? Vec{} : sum;
+  return x < least ? Vec{} : sum;
+#endif
 }
 
 static inline __attribute__((always_inline)) void store_line(float* to, const float* from, int count) {
@@ -147,7 +178,6 @@ static void rotate_row(float* heads, long count, long dim, const float* cosines,
 
 // ---- linear layers
 
-constexpr long LINE = 64;                   // bytes that memory gives at once
 constexpr long STRETCH = 1024;              // of a panel's length, at most: with the next one it lies in the second cache
 constexpr long SPLIT_ROWS = 128;            // rows that one pass over the weights takes, about: they stay in that cache
 constexpr long LEAST_SPLIT_ROWS = 48;       // where panels alone do not keep all threads busy
@@ -237,8 +267,8 @@ static void finish_row(const Linear& l, long row, long panel, float* sums) {
 }
 
 // Rows [first, end) of the columns of one panel. `ahead`: a panel follows that this thread will want next.
-static void linear_task(const Linear& l, long panel, long first, long end, bool ahead, std::vector<float>& sums,
-                        std::vector<float>& widened) {
+static void linear_task(const Linear& l, long panel, long first, long end, bool ahead, Floats& sums,
+                        Floats& widened) {
   const long stretches = (l.k_count + STRETCH - 1) / STRETCH, length = (l.k_count + stretches - 1) / stretches;
   const long size = l.half ? 2 : 4, rows = end - first;
   const char* w = static_cast<const char*>(l.w) + panel * l.k_count * PANEL * size;
@@ -299,15 +329,15 @@ static inline int vectors_of(int queries) { return (queries + LANES - 1) / LANES
 
 // Up to PANEL queries of a task. They are columns, so that a lane is a query and no sum crosses lanes.
 struct Panel {
-  std::vector<float> query, sum, merged;
+  Floats query, sum, merged;
   int kv_head, first, queries;  // the queries [first, first + queries) of the task
-  float highest[PANEL], total[PANEL], lse[PANEL], merged_lse[PANEL];
-  int32_t begin[PANEL], end[PANEL];
+  alignas(LINE) float highest[PANEL], total[PANEL], lse[PANEL], merged_lse[PANEL];
+  alignas(LINE) int32_t begin[PANEL], end[PANEL];
   int32_t least_begin, most_begin, least_end, most_end;
 };
 
 constexpr int FEW = LANES / 2;  // so few queries would leave most lanes empty: lanes are keys instead, with the same sums
-constexpr int MOST_PANELS = 4;  // of one thread: of one KV head, whose keys they read together, or of neighbouring KV heads
+constexpr int MOST_PANELS = 8;  // of one thread: of one KV head, whose keys they read together, or of neighbouring KV heads
 
 // What the next tile reads, fetched row by row while this one is computed: memory and sums would else take turns.
 struct Ahead {
@@ -326,7 +356,8 @@ struct Scratch {
   Panel panels[MOST_PANELS];
   int used;
   bool few;  // one panel per KV head, of at most FEW queries: lanes are keys
-  std::vector<float> key, value, score, few_score;
+  Floats key, value, score, few_score;
+  alignas(LINE) float highest[PANEL];  // of each query's scores in a tile
   Ahead next;
 };
 
@@ -340,10 +371,10 @@ static inline void rescale(int dim, int first, Panel& p, const float* factor) {
       }
 }
 
-// scores[t][v] of TOKENS keys against VECTORS vectors of queries.
+// scores[t][v] of TOKENS keys against VECTORS vectors of queries, and the highest of each query.
 template <int TOKENS, int VECTORS>
 static inline __attribute__((always_inline)) void score_tokens(const float* query, const float* key, int dim,
-                                                               float* score) {
+                                                               float* score, float* highest) {
   Vec sum[TOKENS][VECTORS];
   for (int t = 0; t < TOKENS; t++)
     for (int v = 0; v < VECTORS; v++) sum[t][v] = Vec{};
@@ -355,29 +386,55 @@ static inline __attribute__((always_inline)) void score_tokens(const float* quer
       for (int v = 0; v < VECTORS; v++) sum[t][v] += value * column[v];
     }
   }
-  for (int t = 0; t < TOKENS; t++)
-    for (int v = 0; v < VECTORS; v++) store(score + t * PANEL + v * LANES, sum[t][v]);
+  for (int v = 0; v < VECTORS; v++) {
+    Vec most = load(highest + v * LANES);
+    for (int t = 0; t < TOKENS; t++) {
+      most = larger(sum[t][v], most);
+      store(score + t * PANEL + v * LANES, sum[t][v]);
+    }
+    store(highest + v * LANES, most);
+  }
 }
 
 template <int VECTORS>
-static void score_tile(const float* query, const float* key, int tokens, int dim, float* score) {
+static void score_tile(const float* query, const float* key, int tokens, int dim, float* score, float* highest) {
   constexpr int TOKENS = VECTORS < WIDE ? 8 : 6;
-  for (int t = 0; t < tokens; t += TOKENS) score_tokens<TOKENS, VECTORS>(query, key + t * dim, dim, score + t * PANEL);
+  std::fill(highest, highest + PANEL, -INFINITY);
+  for (int t = 0; t < tokens; t += TOKENS)
+    score_tokens<TOKENS, VECTORS>(query, key + t * dim, dim, score + t * PANEL, highest);
 }
 
-// sum[q][d] += p[t][q] * value[t][d] for ROWS queries and VECTORS vectors of d. `beside` is called for every token.
-template <int ROWS, int VECTORS, typename Beside>
-static inline __attribute__((always_inline)) void add_values(const float* score, const float* value, int dim, int tokens,
+// The values of a tile, side by side, and where the weights of its tokens lie.
+struct Copied {
+  const float* first;
+  int dim;
+  static constexpr int WEIGHTS = PANEL;
+  inline __attribute__((always_inline)) const float* value(int t) const { return first + t * dim; }
+};
+
+// The same in the pool.
+template <typename Element>
+struct Scattered {
+  const Element* const* keys;
+  long to_value;
+  static constexpr int WEIGHTS = LANES;
+  inline __attribute__((always_inline)) const Element* value(int t) const { return keys[t] + to_value; }
+};
+
+// sum[q][d] += p[t][q] * value[t][d] for ROWS queries and VECTORS vectors of dimensions from d on. `beside` is called for every token.
+template <int ROWS, int VECTORS, typename Source, typename Beside>
+static inline __attribute__((always_inline)) void add_values(const float* score, const Source& source, int d, int dim, int tokens,
                                                              float* sum, const Beside& beside) {
   Vec total[ROWS][VECTORS];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++) total[r][v] = load(sum + r * dim + v * LANES);
   for (int t = 0; t < tokens; t++) {
     beside();
+    const auto* value = source.value(t) + d;
     Vec line[VECTORS];
-    for (int v = 0; v < VECTORS; v++) line[v] = load(value + t * dim + v * LANES);
+    for (int v = 0; v < VECTORS; v++) line[v] = load(value + v * LANES);
     for (int r = 0; r < ROWS; r++) {
-      Vec weight = splat(score[t * PANEL + r]);
+      Vec weight = splat(score[t * Source::WEIGHTS + r]);
       for (int v = 0; v < VECTORS; v++) total[r][v] += weight * line[v];
     }
   }
@@ -385,27 +442,27 @@ static inline __attribute__((always_inline)) void add_values(const float* score,
     for (int v = 0; v < VECTORS; v++) store(sum + r * dim + v * LANES, total[r][v]);
 }
 
-template <int VECTORS, typename Beside>
-static void add_values_of(const float* score, const float* value, int dim, int tokens, int queries, float* sum,
+template <int VECTORS, typename Source, typename Beside>
+static void add_values_of(const float* score, const Source& source, int d, int dim, int tokens, int queries, float* sum,
                           const Beside& beside) {
   int q = 0;
-  for (; q + 6 <= queries; q += 6) add_values<6, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside);
+  for (; q + 6 <= queries; q += 6) add_values<6, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside);
   switch (queries - q) {
-    case 1: add_values<1, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
-    case 2: add_values<2, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
-    case 3: add_values<3, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
-    case 4: add_values<4, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
-    case 5: add_values<5, VECTORS>(score + q, value, dim, tokens, sum + q * dim, beside); break;
+    case 1: add_values<1, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
+    case 2: add_values<2, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
+    case 3: add_values<3, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
+    case 4: add_values<4, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
+    case 5: add_values<5, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
   }
 }
 
-template <typename Beside>
-static void add_all_values(const float* score, const float* value, int dim, int tokens, int queries, float* sum,
+template <typename Source, typename Beside>
+static void add_all_values(const float* score, const Source& source, int dim, int tokens, int queries, float* sum,
                            const Beside& beside) {
   int d = 0;
   for (; d + WIDE * LANES <= dim; d += WIDE * LANES)
-    add_values_of<WIDE>(score, value + d, dim, tokens, queries, sum + d, beside);
-  for (; d < dim; d += LANES) add_values_of<1>(score, value + d, dim, tokens, queries, sum + d, beside);
+    add_values_of<WIDE>(score, source, d, dim, tokens, queries, sum + d, beside);
+  for (; d < dim; d += LANES) add_values_of<1>(score, source, d, dim, tokens, queries, sum + d, beside);
 }
 
 // Copies the keys and values of a tile side by side, widened: lines of the pool lie far apart, and a copy waits for many of
@@ -414,19 +471,21 @@ template <typename Element>
 static void copy_elements(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead,
                           Scratch& s) {
   const long line = static_cast<long>(a.kv_heads) * a.dim, to_value = line * a.page_tokens;
-  const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * a.dim;
-  int page = position / a.page_tokens, offset = position % a.page_tokens;
+  const int dim = a.dim, page_tokens = a.page_tokens;
+  const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * dim;
+  float *key = s.key.data(), *value = s.value.data();
+  int page = position / page_tokens, offset = position % page_tokens;
   for (int t = 0; t < tokens; page++, offset = 0) {
     const Element* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
-    for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line) {
-      for (int d = 0; d < a.dim; d += LANES) {
-        store(s.key.data() + t * a.dim + d, load(from + d));
-        store(s.value.data() + t * a.dim + d, load(from + to_value + d));
+    for (; t < tokens && offset < page_tokens; t++, offset++, from += line, key += dim, value += dim) {
+      for (int d = 0; d < dim; d += LANES) {
+        store(key + d, load(from + d));
+        store(value + d, load(from + to_value + d));
       }
       if (ahead)
-        for (int d = 0; d < a.dim; d += 64 / static_cast<int>(sizeof(Element))) {
-          __builtin_prefetch(from + a.dim + d, 0, 2);
-          __builtin_prefetch(from + a.dim + to_value + d, 0, 2);
+        for (int d = 0; d < dim; d += LINE / static_cast<int>(sizeof(Element))) {
+          __builtin_prefetch(from + dim + d, 0, 2);
+          __builtin_prefetch(from + dim + to_value + d, 0, 2);
         }
     }
   }
@@ -465,40 +524,17 @@ static inline __attribute__((always_inline)) void transpose(Vec* rows) {
   swap_blocks<1>(rows);
 }
 
-// Keys of a tile as [dim][TILE], values as copy_elements puts them. The last key stands for those past the last token.
+// Where the keys of a tile lie. The last one stands for those past the last token, up to a whole vector.
 template <typename Element>
-static void turn_elements(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Scratch& s) {
-  const long line = static_cast<long>(a.kv_heads) * a.dim, to_value = line * a.page_tokens;
+static void find_keys(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, const Element** keys) {
+  const long line = static_cast<long>(a.kv_heads) * a.dim, page_size = 2 * line * a.page_tokens;
   const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * a.dim;
-  int page = position / a.page_tokens, offset = position % a.page_tokens;
-  const Element* next = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
-  for (int t = 0; t < tokens; t += LANES) {
-    const Element* from[LANES];
-    for (int i = 0; i < LANES; i++) {
-      from[i] = next;
-      if (t + i + 1 >= tokens) continue;
-      next += line;
-      if (++offset < a.page_tokens) continue;
-      offset = 0;
-      next = head + static_cast<long>(blocks[++page]) * 2 * to_value;
-    }
-    for (int d = 0; d < a.dim; d += LANES) {
-      Vec rows[LANES];
-      for (int i = 0; i < LANES; i++) rows[i] = load(from[i] + d);
-      transpose(rows);
-      for (int i = 0; i < LANES; i++) store(s.key.data() + (d + i) * TILE + t, rows[i]);
-    }
-    for (int i = 0; i < LANES; i++)
-      for (int d = 0; d < a.dim; d += LANES) store(s.value.data() + (t + i) * a.dim + d, load(from[i] + to_value + d));
+  int t = 0, page = position / a.page_tokens, offset = position % a.page_tokens;
+  for (; t < tokens; page++, offset = 0) {
+    const Element* from = head + blocks[page] * page_size + offset * line;
+    for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line) keys[t] = from;
   }
-}
-
-static void turn_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Scratch& s) {
-  switch (a.element) {
-    case FLOAT8: turn_elements<uint8_t>(a, blocks, kv_head, position, tokens, s); break;
-    case BFLOAT16: turn_elements<uint16_t>(a, blocks, kv_head, position, tokens, s); break;
-    default: turn_elements<float>(a, blocks, kv_head, position, tokens, s);
-  }
+  for (const Element* last = keys[tokens - 1]; t % LANES; t++) keys[t] = last;
 }
 
 static void look_ahead(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Ahead& next) {
@@ -518,34 +554,30 @@ static void look_ahead(const Attention& a, const int32_t* blocks, int kv_head, i
   }
 }
 
-// scores[q][TILE] of VECTORS vectors of keys.
-template <int QUERIES, int VECTORS>
-static inline __attribute__((always_inline)) void score_keys(const float* query, const float* key, int dim, float* score,
+// scores[q][TILE] of a vector of keys, which are turned in registers.
+template <int QUERIES, typename Element>
+static inline __attribute__((always_inline)) void score_keys(const float* query, const Element* const* keys, int dim, float* score,
                                                              Ahead& next) {
-  Vec sum[QUERIES][VECTORS];
-  for (int q = 0; q < QUERIES; q++)
-    for (int v = 0; v < VECTORS; v++) sum[q][v] = Vec{};
-  for (int d = 0; d < dim; d++) {
-    next.fetch_row(next.count / 2);
-    Vec keys[VECTORS];
-    for (int v = 0; v < VECTORS; v++) keys[v] = load(key + d * TILE + v * LANES);
-    for (int q = 0; q < QUERIES; q++) {
-      const Vec value = splat(query[d * LANES + q]);
-      for (int v = 0; v < VECTORS; v++) sum[q][v] += keys[v] * value;
+  Vec sum[QUERIES];
+  for (int q = 0; q < QUERIES; q++) sum[q] = Vec{};
+  for (int d = 0; d < dim; d += LANES) {
+    Vec rows[LANES];
+    for (int i = 0; i < LANES; i++) rows[i] = load(keys[i] + d);
+    transpose(rows);
+    for (int i = 0; i < LANES; i++) {
+      if (i % 4 == 0) next.fetch_row(next.count / 2);
+      for (int q = 0; q < QUERIES; q++) sum[q] += rows[i] * splat(query[(d + i) * LANES + q]);
     }
   }
-  for (int q = 0; q < QUERIES; q++)
-    for (int v = 0; v < VECTORS; v++) store(score + q * TILE + v * LANES, sum[q][v]);
+  for (int q = 0; q < QUERIES; q++) store(score + q * TILE, sum[q]);
 }
 
-template <int QUERIES>
-static void score_few(const float* query, const float* key, int tokens, int dim, float* score, Ahead& next) {
-  int t = 0;
-  for (; t + 2 * LANES < tokens; t += 3 * LANES) score_keys<QUERIES, 3>(query, key + t, dim, score + t, next);
-  for (; t < tokens; t += LANES) score_keys<QUERIES, 1>(query, key + t, dim, score + t, next);
+template <int QUERIES, typename Element>
+static void score_few(const float* query, const Element* const* keys, int tokens, int dim, float* score, Ahead& next) {
+  for (int t = 0; t < tokens; t += LANES) score_keys<QUERIES>(query, keys + t, dim, score + t, next);
 }
 
-// As mask_tile and weigh_tile, from scores [q][TILE] to weights [token][PANEL].
+// As mask_tile and weigh_tile, from scores [q][TILE] to weights [token][LANES].
 static void weigh_few(int dim, long position, int tokens, Panel& p, const float* scores, float* weights) {
   VecInt lanes;
   for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
@@ -570,57 +602,68 @@ static void weigh_few(int dim, long position, int tokens, Panel& p, const float*
     for (int v = 0; v < vectors; v++) {
       float out[LANES];
       store(out, exp_negative(line[v] - splat(base)));
-      for (int lane = 0; lane < LANES; lane++) weights[(v * LANES + lane) * PANEL + q] = out[lane];
+      for (int lane = 0; lane < LANES; lane++) weights[(v * LANES + lane) * LANES + q] = out[lane];
     }
   }
   Vec total = load(p.total) * load(factor);
-  for (int t = 0; t < tokens; t++) total += load(weights + t * PANEL);
+  for (int t = 0; t < tokens; t++) total += load(weights + t * LANES);
   store(p.total, total);
   rescale(dim, 0, p, factor);
 }
 
-static void attend_few(int dim, long position, int tokens, Panel& p, Scratch& s) {
-  float* scores = s.few_score.data();
-  const float *query = p.query.data(), *key = s.key.data();
+template <typename Element>
+static void attend_few(const Attention& a, const int32_t* blocks, long position, int tokens, Panel& p, Scratch& s) {
+  const Element* keys[TILE];
+  find_keys(a, blocks, p.kv_head, static_cast<int>(position), tokens, keys);
+  float *scores = s.few_score.data(), *weights = s.score.data();
+  const float* query = p.query.data();
   switch (p.queries) {
-    case 1: score_few<1>(query, key, tokens, dim, scores, s.next); break;
-    case 2: score_few<2>(query, key, tokens, dim, scores, s.next); break;
-    case 3: score_few<3>(query, key, tokens, dim, scores, s.next); break;
-    case 4: score_few<4>(query, key, tokens, dim, scores, s.next); break;
+    case 1: score_few<1>(query, keys, tokens, a.dim, scores, s.next); break;
+    case 2: score_few<2>(query, keys, tokens, a.dim, scores, s.next); break;
+    case 3: score_few<3>(query, keys, tokens, a.dim, scores, s.next); break;
+    case 4: score_few<4>(query, keys, tokens, a.dim, scores, s.next); break;
 #if defined(__AVX512F__)
-    case 5: score_few<5>(query, key, tokens, dim, scores, s.next); break;
-    case 6: score_few<6>(query, key, tokens, dim, scores, s.next); break;
-    case 7: score_few<7>(query, key, tokens, dim, scores, s.next); break;
-    case 8: score_few<8>(query, key, tokens, dim, scores, s.next); break;
+    case 5: score_few<5>(query, keys, tokens, a.dim, scores, s.next); break;
+    case 6: score_few<6>(query, keys, tokens, a.dim, scores, s.next); break;
+    case 7: score_few<7>(query, keys, tokens, a.dim, scores, s.next); break;
+    case 8: score_few<8>(query, keys, tokens, a.dim, scores, s.next); break;
 #endif
   }
-  weigh_few(dim, position, tokens, p, scores, s.score.data());
-  add_all_values(s.score.data(), s.value.data(), dim, tokens, p.queries, p.sum.data(), [&s] { s.next.fetch_row(s.next.count); });
+  weigh_few(a.dim, position, tokens, p, scores, weights);
+  const Scattered<Element> values{keys, static_cast<long>(a.kv_heads) * a.dim * a.page_tokens};
+  add_all_values(weights, values, a.dim, tokens, p.queries, p.sum.data(), [&s] { s.next.fetch_row(s.next.count); });
+}
+
+static void attend_few_of(const Attention& a, const int32_t* blocks, long position, int tokens, Panel& p, Scratch& s) {
+  switch (a.element) {
+    case FLOAT8: return attend_few<uint8_t>(a, blocks, position, tokens, p, s);
+    case BFLOAT16: return attend_few<uint16_t>(a, blocks, position, tokens, p, s);
+    default: return attend_few<float>(a, blocks, position, tokens, p, s);
+  }
 }
 
 // ---- tiles of many queries
 
-// Scores of keys that a query does not see become -inf.
-static void mask_tile(long position, int tokens, const Panel& p, float* scores) {
+// Scores of keys that a query does not see become -inf; `highest` is that of the others.
+static void mask_tile(long position, int tokens, const Panel& p, float* scores, float* highest) {
   for (int first = 0; first < p.queries; first += LANES) {
     const VecInt begin = *reinterpret_cast<const VecInt*>(p.begin + first), end = *reinterpret_cast<const VecInt*>(p.end + first);
+    Vec most = splat(-INFINITY);
     for (int t = 0; t < tokens; t++) {
       const VecInt here = VecInt{} + static_cast<int32_t>(position + t);
       float* place = scores + t * PANEL + first;
-      store(place, ((here >= begin) & (here < end)) ? load(place) : splat(-INFINITY));
+      const Vec score = ((here >= begin) & (here < end)) ? load(place) : splat(-INFINITY);
+      most = larger(score, most);
+      store(place, score);
     }
+    store(highest + first, most);
   }
 }
 
 // The running softmax over one tile: turns scores into weights, rescales what was summed before.
-static void weigh_tile(int dim, int tokens, Panel& p, float* scores) {
+static void weigh_tile(int dim, int tokens, Panel& p, float* scores, const float* tile_highest) {
   for (int first = 0; first < p.queries; first += LANES) {
-    const Vec none = splat(-INFINITY), before = load(p.highest + first);
-    Vec highest = before;
-    for (int t = 0; t < tokens; t++) {
-      const Vec score = load(scores + t * PANEL + first);
-      highest = score > highest ? score : highest;
-    }
+    const Vec none = splat(-INFINITY), before = load(p.highest + first), highest = larger(load(tile_highest + first), before);
     const Vec base = highest == none ? Vec{} : highest;  // nothing visible yet: all weights are 0
     const Vec keep = exp_negative(before - base);
     Vec total = load(p.total + first) * keep;
@@ -641,16 +684,16 @@ static void weigh_tile(int dim, int tokens, Panel& p, float* scores) {
 static void attend_tile(int dim, long position, int tokens, Panel& p, Scratch& s) {
   float* scores = s.score.data();
   switch (vectors_of(p.queries)) {
-    case 1: score_tile<1>(p.query.data(), s.key.data(), tokens, dim, scores); break;
-    case 2: score_tile<2>(p.query.data(), s.key.data(), tokens, dim, scores); break;
+    case 1: score_tile<1>(p.query.data(), s.key.data(), tokens, dim, scores, s.highest); break;
+    case 2: score_tile<2>(p.query.data(), s.key.data(), tokens, dim, scores, s.highest); break;
 #if defined(__AVX512F__)
-    case 3: score_tile<3>(p.query.data(), s.key.data(), tokens, dim, scores); break;
-    default: score_tile<4>(p.query.data(), s.key.data(), tokens, dim, scores); break;
+    case 3: score_tile<3>(p.query.data(), s.key.data(), tokens, dim, scores, s.highest); break;
+    default: score_tile<4>(p.query.data(), s.key.data(), tokens, dim, scores, s.highest); break;
 #endif
   }
-  if (position < p.most_begin || position + tokens > p.least_end) mask_tile(position, tokens, p, scores);
-  weigh_tile(dim, tokens, p, scores);
-  add_all_values(scores, s.value.data(), dim, tokens, p.queries, p.sum.data(), [] {});
+  if (position < p.most_begin || position + TILE > p.least_end) mask_tile(position, tokens, p, scores, s.highest);
+  weigh_tile(dim, tokens, p, scores, s.highest);
+  add_all_values(scores, Copied{s.value.data(), dim}, dim, tokens, p.queries, p.sum.data(), [] {});
 }
 
 // `sum` and `lse` of every panel over the keys of one chunk; -inf where a query sees none of them.
@@ -672,21 +715,18 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
     for (int i = 0; i < s.used; i++) {
       Panel& p = s.panels[i];
       if (position >= p.most_end) continue;
-      if (p.kv_head != copied) {
-        const bool ahead = s.panels[s.used - 1].kv_head > p.kv_head;
-        if (s.few) {
-          turn_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, s);
-          const long after = ahead ? position : position + TILE;
-          const long left = std::min<long>(TILE, last - after);  // of this chunk or the next
-          look_ahead(a, blocks, s.panels[ahead ? i + 1 : 0].kv_head, static_cast<int>(after),
-                     ahead ? tokens : static_cast<int>(std::max(0L, left)), s.next);
-        } else {
-          copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
-        }
-        copied = p.kv_head;
+      const bool ahead = s.panels[s.used - 1].kv_head > p.kv_head;
+      if (s.few) {
+        const long after = ahead ? position : position + TILE;
+        const long left = std::min<long>(TILE, last - after);  // of this chunk or the next
+        look_ahead(a, blocks, s.panels[ahead ? i + 1 : 0].kv_head, static_cast<int>(after),
+                   ahead ? tokens : static_cast<int>(std::max(0L, left)), s.next);
+        attend_few_of(a, blocks, position, tokens, p, s);
+        continue;
       }
-      if (s.few) attend_few(a.dim, position, tokens, p, s);
-      else attend_tile(a.dim, position, tokens, p, s);
+      if (p.kv_head != copied) copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
+      copied = p.kv_head;
+      attend_tile(a.dim, position, tokens, p, s);
     }
   }
   for (int i = 0; i < s.used; i++) {
@@ -725,19 +765,26 @@ static void open_panel(const Attention& a, const int32_t* rows, int kv_head, int
   p.kv_head = kv_head;
   p.first = first;
   p.queries = queries;
-  p.query.assign(static_cast<size_t>(a.dim) * width, 0.0f);
+  p.query.resize(static_cast<size_t>(a.dim) * width);
   p.sum.resize(static_cast<size_t>(PANEL) * a.dim);
   p.merged.assign(static_cast<size_t>(queries) * a.dim, 0.0f);
   std::fill(p.merged_lse, p.merged_lse + PANEL, -INFINITY);
   std::fill(p.begin, p.begin + PANEL, 0);
   std::fill(p.end, p.end + PANEL, 0);
+  const float* from[PANEL] = {};
   for (int q = 0; q < queries; q++) {
     const int row = rows[(first + q) / group], head = kv_head * group + (first + q) % group;
-    const float* from = a.query + row * a.query_stride + static_cast<long>(head) * a.dim;
-    for (int d = 0; d < a.dim; d++) p.query[static_cast<size_t>(d) * width + q] = from[d] * a.scale;
+    from[q] = a.query + row * a.query_stride + static_cast<long>(head) * a.dim;
     p.begin[q] = a.begins[row];
     p.end[q] = a.ends[row];
   }
+  for (int q = 0; q < width; q += LANES)
+    for (int d = 0; d < a.dim; d += LANES) {
+      Vec lines[LANES];
+      for (int i = 0; i < LANES; i++) lines[i] = from[q + i] ? load(from[q + i] + d) * splat(a.scale) : Vec{};
+      transpose(lines);
+      for (int i = 0; i < LANES; i++) store(p.query.data() + static_cast<size_t>(d + i) * width + q, lines[i]);
+    }
   p.least_begin = *std::min_element(p.begin, p.begin + queries);
   p.most_begin = *std::max_element(p.begin, p.begin + queries);
   p.least_end = *std::min_element(p.end, p.end + queries);
@@ -823,7 +870,7 @@ void kernels_linear(const Linear* given) {
   const long per_split = ((l.rows + splits - 1) / splits + GEMM_ROWS - 1) / GEMM_ROWS * GEMM_ROWS;
 #pragma omp parallel
   {
-    std::vector<float> sums, widened;
+    Floats sums, widened;
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), tasks = panels * splits;
     const long stop = tasks * (thread + 1) / threads;
     for (long task = tasks * thread / threads; task < stop; task++) {
