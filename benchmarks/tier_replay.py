@@ -33,7 +33,7 @@ from kv_store.policies import POLICIES
 PAGE_TOKENS = 16
 SHAPE = LlamaShape(layers=4, hidden=512, heads=8, kv_heads=4, intermediate=1376)
 DESCRIPTION = "random Llama, 4 layers, hidden 512, 8/4 heads of 64, ffn 1376, vocabulary 32,000, tied, float32"
-SHARES: dict[Mode, float] = {"quick": 0.01, "full": 0.03}  # of the trees
+SHARES: dict[Mode, float] = {"quick": 0.005, "full": 0.03}  # of the trees
 SEED = 0
 SPARE_PAGES = 8  # of the device, beyond the longest prompt
 SETTLE_S, STEADY_S, LOOK_S = 30.0, 1.5, 0.25
