@@ -19,8 +19,11 @@ from tests.child_processes import end, tied, when_we_end
 PDSERVE = str(Path(sys.executable).parent / "pdserve")
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 120.0  # longer than `down` drains and kills
-# Many clusters run side by side: pools that are shares of the free memory would find none left.
-SMALL = ("--set", "store.host_bytes=33554432", "--set", "engine.kv_bytes=134217728")
+# Many clusters run side by side: pools that are shares of the free memory would find none left, and a worker that gets no turn
+# for a second is not lost. One that is killed is seen by its connection.
+SMALL_SETTINGS = ("store.host_bytes=33554432", "engine.kv_bytes=134217728", "worker.heartbeat_misses=20")
+SMALL = tuple(part for setting in SMALL_SETTINGS for part in ("--set", setting))
+COMMAND_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Cluster:
         self.api_url = str(self.status()["api_url"])
 
     def status(self) -> dict[str, object]:
-        answer = run_cli(self.state_dir, "status", "-o", "json", timeout_s=60)
+        answer = run_cli(self.state_dir, "status", "-o", "json", timeout_s=COMMAND_S)
         if answer.returncode != 0:
             raise RuntimeError(f"status failed ({answer.returncode}): {answer.stdout}{answer.stderr}")
         status = json.loads(answer.stdout)

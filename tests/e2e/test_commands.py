@@ -8,7 +8,7 @@ import subprocess
 import httpx
 import pytest
 
-from tests.e2e.cluster import PDSERVE, Cluster, run_cli
+from tests.e2e.cluster import COMMAND_S, PDSERVE, Cluster, run_cli
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +66,8 @@ def test_bench_reports_rates_and_latencies(pair_cluster: Cluster) -> None:
 
 def test_chat_answers_a_line_of_standard_input(pair_cluster: Cluster) -> None:
     command = [PDSERVE, "chat", "--state-dir", str(pair_cluster.state_dir)]
-    answer = subprocess.run(command, input="What is a list?\n", capture_output=True, text=True, timeout=60, check=False)
+    answer = subprocess.run(
+        command, input="What is a list?\n", capture_output=True, text=True, timeout=COMMAND_S, check=False
+    )
     assert answer.returncode == 0
     assert len(answer.stdout) > 10

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from pdserve.v1 import kv_pb2, kv_pb2_grpc
-from tests.e2e.cluster import PDSERVE, Cluster, wait_until
+from tests.e2e.cluster import COMMAND_S, PDSERVE, Cluster, wait_until
 from tests.kv_store.redis_server import running_redis
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ class Operator:
     def kv(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [PDSERVE, "kv", arguments[0], "--state-dir", str(self.cluster.state_dir), *arguments[1:]]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=COMMAND_S, check=False, stdin=subprocess.DEVNULL
         )
 
     def told(self, *arguments: str) -> dict[str, object]:

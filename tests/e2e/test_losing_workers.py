@@ -71,10 +71,10 @@ async def test_requests_survive_the_death_of_a_prefill_worker(square_cluster: Cl
             "temperature": 0,
             "ignore_eos": True,
         }
-        for i in range(8)
+        for i in range(16)
     ]
     async with httpx.AsyncClient(base_url=square_cluster.api_url, timeout=120) as client:
-        expected = [await complete(client, body) for body in bodies]
+        expected = await asyncio.gather(*(complete(client, body) for body in bodies))
         cold = [{**body, "cache_salt": f"salt-{process}"} for body in bodies]
         tags = [f"{time.monotonic_ns()}-{number}" for number in range(len(cold))]
         tasks = [asyncio.create_task(complete(client, *each)) for each in zip(cold, tags, strict=True)]
@@ -88,11 +88,11 @@ async def test_requests_survive_the_death_of_a_prefill_worker(square_cluster: Cl
 
 
 def _busy_prefill_worker(cluster: Cluster) -> Worker:
-    """One that computes or sends prompts at this moment."""
+    """One that has several prompts to compute or to send at this moment."""
     found: list[Worker] = []
 
     def look() -> bool:
-        found[:] = [one for one in cluster.workers().values() if one.roles == ("prefill",) and one.dispatches]
+        found[:] = [one for one in cluster.workers().values() if one.roles == ("prefill",) and one.dispatches > 3]
         return bool(found)
 
     wait_until(look, "a prefill worker at work")
