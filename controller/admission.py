@@ -47,6 +47,7 @@ class Waiting(Generic[Item]):
     short: Shortage | None = None  # what its last placement lacked
     short_since_s: float = 0.0
     refused_now: set[str] = field(default_factory=set)
+    apart: bool = False  # it waits for what others do not: see controller.suspicion
     order: tuple[int, int, int] = (0, 0, 0)
 
 
@@ -95,13 +96,13 @@ class WaitingQueue(Generic[Item]):
 
     def candidates(self) -> Iterator[Waiting[Item]]:
         """Those whose turn it may be. The caller takes them out as they are placed, and says through `short` which were not:
-        behind the first that stays, only those with a route of their own are looked at."""
+        behind the first that stays, only those with a route of their own are looked at. Nobody waits behind one that is kept apart."""
         blocked = False
         for entry in self._entries[:]:
             if blocked and entry.route is None:
                 continue
             yield entry
-            blocked = blocked or (entry.route is None and entry.short is not None)
+            blocked = blocked or (entry.route is None and entry.short is not None and not entry.apart)
 
     def entries(self) -> list[Waiting[Item]]:
         return self._entries[:]

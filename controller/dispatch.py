@@ -48,6 +48,7 @@ class Dispatch:
     clock: OpenStage  # the part that runs now
     open: set[int]  # choices that are not over
     burdens: dict[str, Burden] = field(default_factory=dict)  # by worker, as long as it bears it
+    computing: bool = False  # an engine has begun with its prompt
 
     @property
     def live(self) -> LiveRequest:
@@ -85,8 +86,12 @@ def work_of(group: Group, attempt: int, identity: bytes) -> worker_pb2.Work:
     return work
 
 
-def burdens_of(pick: Pick, tokens: int, choices: int, block_tokens: int) -> dict[str, Burden]:
+def burdens_of(group: Group, pick: Pick, tokens: int, block_tokens: int) -> dict[str, Burden]:
+    choices, suspects = len(group.choices), int(group.live.deaths > 0)
     blocks = -(-tokens // block_tokens) + choices - 1
     if pick.kind != "split":
-        return {pick.decode_worker: Burden(tokens, choices, blocks)}
-    return {pick.prefill_worker: Burden(prefill_tokens=tokens), pick.decode_worker: Burden(0, choices, blocks)}
+        return {pick.decode_worker: Burden(tokens, choices, blocks, suspects)}
+    return {
+        pick.prefill_worker: Burden(prefill_tokens=tokens, suspects=suspects),
+        pick.decode_worker: Burden(0, choices, blocks),
+    }

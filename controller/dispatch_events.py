@@ -130,6 +130,7 @@ class DispatchEvents:
         dispatch = self._table.find(message.dispatch.request_key, message.dispatch.attempt)
         if dispatch is None:
             return
+        dispatch.computing = True
         dispatch.notes.cached_tokens = message.cached_tokens
         dispatch.notes.queue_s = message.queue_us / 1e6
         dispatch.notes.blended_tokens = message.blended_tokens

@@ -22,6 +22,7 @@ class Suspect:
     live: LiveRequest
     attempt: int
     choices: tuple[int, ...]
+    computing: bool
 
 
 class DispatchTable:
@@ -134,7 +135,7 @@ class DispatchTable:
 
     def suspect(self, dispatch: Dispatch, choices: tuple[int, ...], now: float) -> None:
         suspects = self._suspects.setdefault(dispatch.pick.prefill_worker, deque(maxlen=SUSPECTS_KEPT))
-        suspects.append(Suspect(now, dispatch.live, dispatch.attempt, choices))
+        suspects.append(Suspect(now, dispatch.live, dispatch.attempt, choices, dispatch.computing))
 
     def take_suspects(self, worker_id: str, now: float) -> list[Suspect]:
         """Requests that a worker which is lost now was computing when their hand-off failed."""

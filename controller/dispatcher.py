@@ -44,7 +44,7 @@ class Dispatcher:
         self._observer = observer
         self._clock = clock
         self._placing = Placing(self._dispatch, self.fail)
-        self._requeued = False
+        self._pump_due = False
         self.table = DispatchTable(fleet)
         self.on_done: Callable[[LiveRequest], None] = lambda live: None
 
@@ -89,7 +89,7 @@ class Dispatcher:
             set(group.choices),
         )
         tokens = live.request.prompt_tokens + resumed
-        self.table.add(dispatch, burdens_of(pick, tokens, len(group.choices), decode.view().block_tokens))
+        self.table.add(dispatch, burdens_of(group, pick, tokens, decode.view().block_tokens))
         if split:
             self._fleet.send(pick.decode_worker, work_messages.reserve(work, pick.transport))
         else:
@@ -178,12 +178,12 @@ class Dispatcher:
                 for choices in live.groups(requeue):
                     entry = self._room.enter(Group(live, choices), now, retry=True)
                     entry.refused_now.update({refuser} - {""})
-                self._requeued = True
+                self._pump_due = True
         live.wake()
         if live.done:
             self._finish(live, now)
-        elif self._requeued:
-            self._requeued = False
+        elif self._pump_due:
+            self._pump_due = False
             self.pump()
 
     def _send_cancels(self, live: LiveRequest, cancels: list[tuple[int, int]]) -> None:
@@ -204,6 +204,7 @@ class Dispatcher:
         dispatch = self.table.find(live.key, attempt)
         if dispatch is None:
             return
+        self._pump_due = self._pump_due or live.deaths > 0  # others may wait for the end of its prefill
         if phase == "TRANSFERRING":
             self.table.prefilled(dispatch, now)
         elif phase == "DECODING":

@@ -24,10 +24,10 @@ import msgspec
 
 from controller.operations import RequestState
 from controller.request import FinishReason, Logprobs
+from controller.suspicion import Blame
 from pdserve.errors import InternalError, PdserveError, RequestQuarantined
 
 HELD_LIMIT = 256  # tokens of one choice that wait for an earlier one
-DEATHS_TO_QUARANTINE = 2
 Side: TypeAlias = Literal["prefill", "decode", "both"]
 FINAL: frozenset[RequestState] = frozenset({"FINISHED", "FAILED", "CANCELLED"})
 
@@ -52,7 +52,7 @@ class ChoiceState(msgspec.Struct, frozen=True):
     first_index: int = 0  # output index at which this attempt began
     next_index: int = 0
     held: tuple[Token, ...] = ()
-    prefill_deaths: int = 0
+    prefill_deaths: int = 0  # at which this prompt was suspected
     suspect: int = 0  # attempt that was refused during prefill: its worker's death may still become known
     since_s: float = 0.0  # when `phase` was entered
 
@@ -75,7 +75,7 @@ class Lost(msgspec.Struct, frozen=True):
     attempt: int
     side: Side
     error: PdserveError
-    died: bool = True  # False: it fell silent, which no prompt is to blame for
+    blame: Blame = "none"  # for its death, on this prompt; a worker that fell silent is nobody's fault
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -236,22 +236,22 @@ def _activate(state: ChoiceState, now: float) -> ChoiceState:
 def _lost(state: ChoiceState, event: Lost, now: float) -> Step:
     if event.side == "prefill" and state.phase == "DECODING":
         return state, ()  # its part was done
-    if state.phase != "PREFILLING" or event.side == "decode" or not event.died:
+    if state.phase != "PREFILLING" or event.side == "decode" or event.blame == "none":
         return _retry(state, event.error, now)
-    state, commands = _count_death(state, now)
+    state, commands = _count_death(state, event.blame, now)
     return (state, commands) if state.phase in FINAL else _retry(state, event.error, now)
 
 
 def _lost_late(state: ChoiceState, event: Lost, now: float) -> Step:
     """The other worker of the pair had told of the failed hand-off before the death was known."""
-    if event.attempt != state.suspect or event.side == "decode" or not event.died:
+    if event.attempt != state.suspect or event.side == "decode" or event.blame == "none":
         return state, ()
-    return _count_death(msgspec.structs.replace(state, suspect=0), now)
+    return _count_death(msgspec.structs.replace(state, suspect=0), event.blame, now)
 
 
-def _count_death(state: ChoiceState, now: float) -> Step:
+def _count_death(state: ChoiceState, blame: Blame, now: float) -> Step:
     state = msgspec.structs.replace(state, prefill_deaths=state.prefill_deaths + 1)
-    if state.prefill_deaths < DEATHS_TO_QUARANTINE:
+    if blame != "poison":
         return state, ()
     return _end(state, "FAILED", now, Fail(_quarantined(state.prefill_deaths)))
 

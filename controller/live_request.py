@@ -203,6 +203,15 @@ class LiveRequest:
     # ---- the end, and readers
 
     @property
+    def deaths(self) -> int:
+        """Of workers, at which its prompt was suspected."""
+        return max(state.prefill_deaths for state in self.states)
+
+    def prefills(self, choices: Iterable[int]) -> bool:
+        """Whether the prompt is still to be computed for one of `choices`."""
+        return any(self.states[choice].phase == "PREFILLING" for choice in choices)
+
+    @property
     def done(self) -> bool:
         return self._open == 0
 

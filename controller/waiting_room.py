@@ -56,7 +56,7 @@ class WaitingRoom:
 
     def enter(self, group: Group, now: float, *, retry: bool) -> Waiting[Group]:
         request = group.live.request
-        entry = Waiting(group, request.priority, retry, now, request.route)
+        entry = Waiting(group, request.priority, retry, now, request.route, apart=group.live.deaths > 0)
         self.enter_again(entry, now)
         return entry
 
@@ -135,6 +135,7 @@ class WaitingRoom:
             route=request.route,
             refused_now=frozenset(entry.refused_now),
             bad_pairs=frozenset(live.bad_pairs),
+            suspect=live.deaths > 0,
             reuse=self._reuse(live, choices[0]),
         )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from controller import work_messages
+from controller.dispatch_table import Suspect
 from controller.dispatcher import Dispatcher
 from controller.fleet import Fleet
 from controller.lifecycle import Lost
+from controller.suspicion import Present, blame
 from pdserve.errors import WorkerLost
 from pdserve.v1 import worker_pb2
 
@@ -22,6 +24,8 @@ class WorkerLosses:
     def lost(self, worker_id: str, error: WorkerLost, *, died: bool) -> None:
         """`died`: what it computed may have killed it; else it only fell silent."""
         now = self._clock()
+        suspects = self._table.take_suspects(worker_id, now)
+        blamed = blame(self._present(worker_id, suspects)) if died else {}
         counted: set[tuple[int, int]] = set()  # (request key, choice): one death counts once
         for dispatch in self._table.at(worker_id):
             live = dispatch.live
@@ -35,18 +39,29 @@ class WorkerLosses:
             for choice in sorted(dispatch.open):
                 if side == "prefill":
                     counted.add((live.key, choice))
-                live.apply(choice, Lost(dispatch.attempt, side, error, died), now)
+                live.apply(choice, Lost(dispatch.attempt, side, error, blamed.get(live.key, "none")), now)
             if live.wants.requeue:
                 live.migration = "prefill_lost" if side == "prefill" else "decode_lost"
             self._dispatcher.settle(live, now, error)
             self._table.leave(dispatch, worker_id)
-        for suspect in self._table.take_suspects(worker_id, now):
+        for suspect in suspects:
+            to_blame = blamed.get(suspect.live.key, "none")
             for choice in suspect.choices:
                 if (suspect.live.key, choice) in counted:
                     continue
-                suspect.live.apply(choice, Lost(suspect.attempt, "prefill", error, died), now)
+                suspect.live.apply(choice, Lost(suspect.attempt, "prefill", error, to_blame), now)
             self._dispatcher.settle(suspect.live, now, error)
         self._dispatcher.pump()
+
+    def _present(self, worker_id: str, suspects: Iterable[Suspect]) -> Iterator[Present]:
+        """The prompts that it had and had not finished, as far as is known."""
+        for dispatch in self._table.at(worker_id):
+            live, side = dispatch.live, dispatch.side_of(worker_id)
+            if dispatch.stage == "running" and side != "decode" and live.prefills(dispatch.open):
+                yield Present(live.key, dispatch.computing, live.deaths)
+        for suspect in suspects:
+            if not suspect.live.done:
+                yield Present(suspect.live.key, suspect.computing, suspect.live.deaths)
 
     def reconciled(self, worker_id: str, snapshot: worker_pb2.WorkerSnapshot, own_prefix: int) -> None:
         """After a redial: commands that the broken stream swallowed are found by what the worker does not hold."""

@@ -22,6 +22,7 @@ class Burden:
     prefill_tokens: int = 0
     sequences: int = 0
     unreported_blocks: int = 0  # asked for, but not yet in a report
+    suspects: int = 0  # prompts to be computed there that an earlier worker died with
 
 
 class WorkerRecord:
@@ -39,6 +40,7 @@ class WorkerRecord:
         self._prefill_tokens = 0
         self._sequences = 0
         self._unreported_blocks = 0
+        self._suspects = 0
         self._view: WorkerView | None = None
 
     def introduce(self, info: membership_pb2.WorkerInfo) -> None:
@@ -90,6 +92,7 @@ class WorkerRecord:
         self._prefill_tokens += sign * burden.prefill_tokens
         self._sequences += sign * burden.sequences
         self._unreported_blocks += sign * burden.unreported_blocks
+        self._suspects += sign * burden.suspects
         self._view = None
 
     def view(self) -> WorkerView:
@@ -117,6 +120,7 @@ class WorkerRecord:
             sequences=max(load.running, self._sequences),
             max_batch=max(1, info.capabilities.max_batch),
             token_budget=max(1, info.capabilities.token_budget),
+            suspects=self._suspects,
         )
 
     def roles(self) -> tuple[RoleName, ...]:

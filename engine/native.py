@@ -154,6 +154,8 @@ class NativeEngine:
             self._desk.fail(sequence, NoCapacity("The request alone needs more KV blocks than the pool has."))
         for sequence in plan.admitted:
             self._start(sequence)
+        if plan.admitted:
+            self._sink.flush()  # before it is computed: should it end this process, it is known who was at work
         blending = not self._flights.in_air and self._blend()
         start_s = time.perf_counter()
         staying = self._take_off(plan.parts)

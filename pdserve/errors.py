@@ -161,7 +161,7 @@ class LeaseExpired(TransferFailed):
 
 
 class RequestQuarantined(PdserveError):
-    """The request killed a worker twice and is not tried a third time."""
+    """Two workers died while they computed this prompt, and no other prompt was at both deaths: it is not tried a third time."""
 
     reason = "request_quarantined"
 

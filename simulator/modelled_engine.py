@@ -119,6 +119,7 @@ class ModelledEngine:
     def begin_step(self) -> StepPlan | None:
         """Admits what fits and composes the next step. None: nothing to do until the next command."""
         self._admit()
+        self._sink.flush()  # as the native engine: who is at work is told before the work
         return plan_step(self._desk.sequences(), self._desk.in_phase("prefilling"), self._desk.policy, self.config.cost)
 
     def phases(self, plan: StepPlan) -> Iterator[float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from controller.placement.snapshot import Demand, WorkerView
 
 # Another moment, the same worker: the dispatch waits in the queue.
-CAPACITY = frozenset({"no_free_blocks", "batch_full", "queue_full", "refused_now"})
+CAPACITY = frozenset({"no_free_blocks", "batch_full", "queue_full", "refused_now", "suspect_there"})
 # This worker will never take this request.
 NEVER = frozenset({"context_limit", "pool_too_small"})
 
@@ -31,6 +31,8 @@ def worker_refusal(view: WorkerView, demand: Demand) -> str:
 
 def prefill_refusal(view: WorkerView, demand: Demand) -> str:
     """Beyond `worker_refusal`, what speaks against computing the prompt here."""
+    if demand.suspect and view.suspects:
+        return "suspect_there"
     pending = view.pending_prefill_tokens
     if pending and pending >= QUEUED_STEPS_LIMIT * view.token_budget:
         return "queue_full"
@@ -92,6 +94,8 @@ def explanation(reason: str, view: WorkerView, demand: Demand) -> str:
             )
         case "refused_now":
             return "The worker refused this dispatch a moment ago."
+        case "suspect_there":
+            return "A worker died with this prompt, and one with another that is computed there: they are kept apart."
         case "queue_full":
             return (
                 f"{view.pending_prefill_tokens} prompt tokens wait there, over {QUEUED_STEPS_LIMIT} steps of "

@@ -28,6 +28,7 @@ class WorkerView:
     sequences: int
     max_batch: int
     token_budget: int
+    suspects: int = 0  # prompts it is to compute with which another worker died
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Demand:
     route: Route | None = None
     refused_now: frozenset[str] = frozenset()  # workers that refused it a moment ago
     bad_pairs: frozenset[tuple[str, str]] = frozenset()  # (prefill, decode) that could not hand over
+    suspect: bool = False  # a worker died with its prompt: it is kept apart from others of that kind
     reuse: Mapping[str, Reuse] = field(default_factory=dict)  # by worker; those that hold nothing of it are left out
 
     def reuse_at(self, view: WorkerView) -> Reuse:

@@ -101,6 +101,13 @@ def test_ready_describes_the_arena(subject: Subject) -> None:
     assert len(subject.ready.identity) == 32
 
 
+def test_that_a_prompt_was_begun_is_told_before_anything_of_it_is_computed(subject: Subject) -> None:
+    """Should the step end the process, it is known who was at work."""
+    finish(subject.engine, Submit(work(1, PROMPT), "generate"))
+    types = [type(event) for event in subject.recorder.events]
+    assert any(types.index(Started) < count <= types.index(StepTokens) for count in subject.recorder.flushed)
+
+
 def test_the_events_of_a_prefill_come_in_order_and_announce_every_block_of_every_layer_once(subject: Subject) -> None:
     finish(subject.engine, Submit(work(1, PROMPT, choices=(0, 1)), "prefill"))
     recorder, layout = subject.recorder, subject.ready.layout

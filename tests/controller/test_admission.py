@@ -57,6 +57,16 @@ def test_behind_a_blocked_head_only_those_with_a_route_are_tried() -> None:
     assert tried == ["head", "routed"]
 
 
+def test_nobody_waits_behind_one_that_is_kept_apart() -> None:
+    head = entry("head", retry=True)
+    head.apart = True
+    tried = []
+    for each in queue_of(head, entry("behind")).candidates():
+        tried.append(each.item)
+        note_shortage(each, "capacity", 0.0)
+    assert tried == ["head", "behind"]
+
+
 @pytest.mark.parametrize(("short", "error"), [("no_decode", NoDecodeWorkers), ("no_prefill", NoPrefillWorkers)])
 def test_a_missing_pool_is_waited_for_during_the_grace(short: str, error: type[Exception]) -> None:
     waiting = entry("a", now=1.0)

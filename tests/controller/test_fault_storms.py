@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from controller.request import GenerationRequest
+from pdserve.errors import RequestQuarantined
 from tests.controller.cluster_twin import PROMPT, ClusterTwin, Got, asked, cluster
 from tests.controller.worker_twin import DECODE, PREFILL, Faults, WorkerTwin, tokens_of
 
@@ -74,3 +75,51 @@ async def test_a_storm_changes_no_token_and_leaves_nothing(seed: int) -> None:
                 assert ids == whole[: len(ids)]
                 assert choice not in got.finish or len(ids) == len(whole)
         await twin.until(twin.idle, "idle")
+
+
+POISON = b"poison!!"
+PREFILLERS = ("p0", "p1")
+
+
+async def grave_digger(twin: ClusterTwin, slots: int) -> None:
+    """What a supervisor does: whoever died is started again, and would die of the same prompt."""
+    while True:
+        for name in PREFILLERS:
+            if twin.state(name) == "GONE":
+                worker = twin.twin(name, PREFILL, slots=slots)
+                worker.faults.poison = POISON
+                await twin.add(worker)
+        await asyncio.sleep(0.01)
+
+
+async def answered(twin: ClusterTwin, number: int, n: int) -> None:
+    prompt = PROMPT + number.to_bytes(4, "little")
+    got = await twin.collect(asked(10, prompt=prompt, n=n))
+    assert got.token_ids == {choice: tokens_of(prompt, 3, choice, 10) for choice in range(n)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_poison_kills_two_workers_and_takes_no_innocent_prompt_along(seed: int) -> None:
+    """Innocent prompts wait and are computed beside it at both deaths, and are answered all the same."""
+    rng, slots = Random(seed), 3
+    async with cluster(grace_s=20, queue_timeout_s=30.0) as twin:
+        for name in PREFILLERS:
+            worker = await twin.add(twin.twin(name, PREFILL, slots=slots, step_s=0.02))
+            worker.faults.poison = POISON
+        for name in ("d0", "d1"):
+            await twin.add(twin.twin(name, DECODE))
+        digging = asyncio.create_task(grave_digger(twin, slots))
+        poison = asked(10, prompt=POISON + PROMPT)
+        works = [answered(twin, number, rng.choice([1, 1, 2])) for number in range(40)]
+        works.insert(rng.randrange(30), refused(twin, poison))
+        await asyncio.gather(*works)
+        digging.cancel()
+        timeline = twin.desk.request(poison.request_id)
+        assert timeline is not None
+        assert [attempt.outcome for attempt in timeline.attempts] == ["lost", "failed"]
+        await twin.until(twin.idle, "idle")
+
+
+async def refused(twin: ClusterTwin, request: GenerationRequest) -> None:
+    with pytest.raises(RequestQuarantined):
+        await twin.collect(request)

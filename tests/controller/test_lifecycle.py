@@ -119,10 +119,20 @@ def test_attempts_are_bounded() -> None:
 
 def test_two_deaths_during_prefill_are_poison() -> None:
     choice = dispatched()
-    choice.give(Lost(1, "prefill", LOST))
+    choice.give(Lost(1, "prefill", LOST, "suspect"))
+    assert choice.state.prefill_deaths == 1
     choice.give(Dispatched(2, True))
-    choice.give(Lost(2, "prefill", LOST))
+    choice.give(Lost(2, "prefill", LOST, "poison"))
     assert isinstance(choice.failure(), RequestQuarantined)
+
+
+def test_deaths_that_are_not_blamed_on_a_prompt_are_no_poison() -> None:
+    choice = Choice()
+    for attempt in range(1, 4):
+        choice.give(Dispatched(attempt, True))
+        choice.give(Lost(attempt, "prefill", LOST))
+    assert choice.state.phase == "QUEUED"
+    assert choice.state.prefill_deaths == 0
 
 
 def test_a_death_counts_also_where_the_peer_told_of_the_failed_hand_off_first() -> None:
@@ -131,10 +141,11 @@ def test_a_death_counts_also_where_the_peer_told_of_the_failed_hand_off_first() 
         choice.give(Refused(attempt, TransferFailed("reset")))
         if attempt == 1:
             choice.give(Dispatched(2, True))
-            choice.give(Lost(1, "prefill", LOST))
-            choice.give(Lost(1, "prefill", LOST))
+            choice.give(Lost(1, "prefill", LOST, "suspect"))
+            choice.give(Lost(1, "prefill", LOST, "suspect"))
+            assert choice.state.prefill_deaths == 1
         else:
-            choice.give(Lost(2, "prefill", LOST))
+            choice.give(Lost(2, "prefill", LOST, "poison"))
     assert isinstance(choice.failure(), RequestQuarantined)
 
 
@@ -144,7 +155,7 @@ def test_deaths_while_decoding_are_no_poison() -> None:
         choice.give(Dispatched(attempt, True))
         choice.give(token(attempt, attempt - 1))
         choice.give(Activated(attempt))
-        choice.give(Lost(attempt, "decode", LOST))
+        choice.give(Lost(attempt, "decode", LOST, "poison"))
     assert choice.state.phase == "QUEUED"
 
 

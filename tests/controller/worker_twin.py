@@ -40,6 +40,7 @@ class Faults:
     refuse_reserves: int = 0
     ignore_reserves: bool = False
     die_at_prefill: bool = False
+    poison: bytes = b""  # dies when it computes a prompt that begins so
     fail_prefills: int = 0
     fail_reason: str = "transfer_failed"
     die_after_tokens: int | None = None
@@ -81,6 +82,7 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         max_context: int = 4096,
         identity: bytes = b"i" * 32,
         transports: tuple[str, ...] = ("tcp",),
+        slots: int = 1000,
     ) -> None:
         self.worker_id = worker_id
         self.roles = roles
@@ -105,11 +107,13 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         self._max_context = max_context
         self._identity = identity
         self._transports = transports
+        self._slots = asyncio.Semaphore(slots)  # prompts computed at a time; the others wait
         self.session: TwinSession | None = None
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._held_back: worker_pb2.SessionResponse | None = None
         self._tokens_sent = 0
+        self._doomed = False
 
     # ---- life
 
@@ -282,8 +286,15 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         self.tell(worker_pb2.SessionResponse(reserve=result))
 
     async def _prefill(self, command: worker_pb2.Prefill) -> None:
+        async with self._slots:
+            await self._compute_and_hand_over(command)
+
+    async def _compute_and_hand_over(self, command: worker_pb2.Prefill) -> None:
         work, name = command.work, _name(command.work.dispatch)
+        if name in self.cancelled:
+            return
         self._started(work)
+        await self._survive(work)
         if self.faults.fail_prefills > 0:
             self.faults.fail_prefills -= 1
             self._failed(work, self.faults.fail_reason)
@@ -291,7 +302,6 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
         if self.faults.die_at_prefill:
             self._die()
             return
-        await asyncio.sleep(self._step_s)
         going_on = self._first_tokens(work)
         peer = self._fleet.get(command.decode_address)
         if name in self.cancelled:
@@ -315,14 +325,32 @@ class WorkerTwin(worker_pb2_grpc.WorkerServiceServicer):
             self._report(work, worker_pb2.HANDOFF_STAGE_ACTIVATED)
 
     async def _generate(self, work: worker_pb2.Work) -> None:
+        async with self._slots:
+            await self._compute_and_decode(work)
+
+    async def _compute_and_decode(self, work: worker_pb2.Work) -> None:
+        if _name(work.dispatch) in self.cancelled:
+            return
         self._started(work)
+        await self._survive(work)
         if self.faults.die_at_prefill:
             self._die()
             return
-        await asyncio.sleep(self._step_s)
         going_on = self._first_tokens(work)
         if going_on and _name(work.dispatch) not in self.cancelled:
             self.runs[_name(work.dispatch)] = Run(work, going_on)
+
+    async def _survive(self, work: worker_pb2.Work) -> None:
+        """A real engine leaves its io process behind, which still says what the engine had begun. Nothing else of its step ends."""
+        if self.faults.poison and work.token_ids.startswith(self.faults.poison):
+            self._doomed = True
+            session = self.session
+            while session is not None and session.unacknowledged:  # noqa: ASYNC110 (acknowledgements have no event)
+                await asyncio.sleep(self._step_s)
+            self._die()
+        await asyncio.sleep(self._step_s)
+        if self._doomed:
+            await asyncio.Event().wait()  # until the death cancels this task
 
     # ---- tokens
 

@@ -125,12 +125,13 @@ class Recorder:
     """An EventSink that keeps everything."""
 
     events: list[Event] = field(default_factory=list)
+    flushed: list[int] = field(default_factory=list)  # how many events there were at each flush
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
 
     def flush(self) -> None:
-        pass
+        self.flushed.append(len(self.events))
 
     def of(self, kind: type[E], key: int | None = None) -> list[E]:
         """Events of a kind, of one request where `key` is given."""

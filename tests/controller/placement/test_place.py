@@ -122,6 +122,17 @@ def test_what_is_short_says_whether_waiting_helps() -> None:
     assert placed(worker("p0"), worker("d0"), demand=refused).shortage == "capacity"
 
 
+def test_a_prompt_that_a_worker_died_with_keeps_away_from_another_one() -> None:
+    suspect = replace(DEMAND, suspect=True)
+    taken = replace(worker("p0"), suspects=1)
+    assert names(placed(taken, worker("p1"), worker("d0"), demand=suspect)) == ("split", "p1", "d0")
+    assert placed(taken, worker("d0"), demand=suspect).shortage == "capacity"
+    assert placed(replace(worker("b0"), suspects=1), demand=suspect).shortage == "capacity"
+    assert names(placed(taken, worker("d0"))) == ("split", "p0", "d0")
+    refusals = {each.refusal for each in explained(taken, worker("d0"), demand=suspect).candidates}
+    assert "suspect_there" in refusals
+
+
 @pytest.mark.parametrize("left", ["p0", "d0"])
 def test_with_one_pool_empty_the_other_serves_alone(left: str) -> None:
     outcome = placed(worker(left), replace(worker("d1" if left == "p0" else "p1"), ready=False))
