@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cuda_beside import DTYPES, WIDE, Beside, beside, check_beside
 from benchmarks.cuda_checks import VARIANTS, Variant, check_engine, check_exports
 from benchmarks.engine_driver import Device, EngineDriver, greedy
 from benchmarks.random_model import DESCRIPTION, LLAMA_100M, LlamaShape, write_random_llama
@@ -51,10 +52,17 @@ class Sizes:
     shared: tuple[int, int]
     export_blocks: int
     busy_side: int
+    beside: Beside
 
 
-FULL = Sizes(LLAMA_100M, 4 * 2**30, 100, (1, 8, 32, 128), (512, 2048, 8192), (4096, 32), 2048, 4096)
-QUICK = Sizes(LLAMA_100M, 4 * 2**30, 20, (1, 32), (512, 2048), (1024, 32), 512, 4096)
+FULL = Sizes(
+    LLAMA_100M, 4 * 2**30, 100, (1, 8, 32, 128), (512, 2048, 8192), (4096, 32), 2048, 4096,
+    Beside(WIDE, 4 * 2**30, decodes=32, context=512, prompts=20, prompt=4096, chunks=(512, 2048)),
+)  # fmt: skip
+QUICK = Sizes(
+    LLAMA_100M, 4 * 2**30, 20, (1, 32), (512, 2048), (1024, 32), 512, 4096,
+    Beside(LLAMA_100M, 4 * 2**30, decodes=32, context=512, prompts=5, prompt=4096, chunks=(2048,)),
+)  # fmt: skip
 
 
 class Prompts:
@@ -166,12 +174,17 @@ def checked(device: Device) -> tuple[list[Measurement], list[str]]:
         one = check_engine(device, variant, THREADS)
         measurements += one.measurements
         failures += one.failures
+    for dtype in DTYPES:
+        one = check_beside(device, dtype, THREADS)
+        measurements += one.measurements
+        failures += one.failures
     return measurements, failures
 
 
 def timed(device: Device, sizes: Sizes, variants: Sequence[Variant] = TIMED) -> list[Measurement]:
     measurements = [item for variant in variants for item in speed(device, variant, sizes)]
-    return [*measurements, shared_prefix(device, variants[0], sizes), *publication(device, sizes)]
+    measurements += [shared_prefix(device, variants[0], sizes), *publication(device, sizes)]
+    return measurements + beside(device, sizes.beside, THREADS)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from engine.cuda_streams import prompt_lane
+from engine.flight import Lane
+from engine.loaded_model import LoadedModel, load_model
 from engine.native import NativeEngine
 from engine.protocol import Cancel, Dispatch, Event, LogprobRow, Sampling, StepTokens, Submit, Work, WorkFailed
 from kv_transfer.keys import chain_hashes
@@ -15,6 +18,7 @@ from service_kit.config import EngineConfig, ModelConfig
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
+LaneOf = Callable[[LoadedModel, EngineConfig], Lane | None]
 
 
 def greedy(max_tokens: int, logprobs: int | None = None) -> Sampling:
@@ -61,23 +65,30 @@ class EngineDriver:
         )
 
     @classmethod
-    def configured(cls, model: ModelConfig, engine: EngineConfig) -> EngineDriver:
+    def configured(
+        cls, model: ModelConfig, engine: EngineConfig, sink: TokenSink | None = None, lane_of: LaneOf = prompt_lane
+    ) -> EngineDriver:
         driver = cls.__new__(cls)
-        driver._open(model, engine)
+        driver._open(model, engine, sink, lane_of)
         return driver
 
-    def _open(self, model: ModelConfig, engine: EngineConfig) -> None:
-        self.sink = TokenSink()
-        self.engine = NativeEngine.open(model, engine, self.sink)
+    def _open(
+        self, model: ModelConfig, engine: EngineConfig, sink: TokenSink | None = None, lane_of: LaneOf = prompt_lane
+    ) -> None:
+        self.sink = TokenSink() if sink is None else sink
+        loaded, memory = load_model(model, engine)
+        self.engine = NativeEngine(loaded, memory, engine, self.sink, lane_of(loaded, engine))
         self._next_key = 0
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling) -> int:
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling, mode: Literal["generate", "prefill"] = "generate"
+    ) -> int:
         """Returns the request key under which the sink keeps the tokens."""
         self._next_key += 1
         token_ids = array("i", prompt).tobytes()
         hashes = chain_hashes(bytes(32), token_ids)
         work = Work(Dispatch(self._next_key, 1), "benchmark", (0,), token_ids, len(prompt), sampling, hashes)
-        self.engine.handle(Submit(work, "generate"))
+        self.engine.handle(Submit(work, mode))
         return self._next_key
 
     def finish(self) -> None:
@@ -94,6 +105,19 @@ class EngineDriver:
         elapsed_s = time.perf_counter() - start_s
         self.finish()
         return elapsed_s
+
+    def prefill_beside(self, prompt: Sequence[int], decoding: int) -> list[float]:
+        """Seconds between the tokens of `decoding`, from the submission of `prompt` to the first step after its first token."""
+        key, gaps, last_s = self.submit(prompt, greedy(1)), list[float](), time.perf_counter()
+        tokens = self.sink.token_ids[decoding]
+        while key not in self.sink.token_ids:
+            known = len(tokens)
+            self.engine.step()
+            if len(tokens) > known:
+                now_s = time.perf_counter()
+                gaps.append(now_s - last_s)
+                last_s = now_s
+        return gaps
 
     def begin_decode(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[int]:
         """Prefills all prompts; from then on each step decodes one token of each."""

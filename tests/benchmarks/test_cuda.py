@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from benchmarks import cuda
+from benchmarks.cuda_beside import Beside, check_beside
 from benchmarks.cuda_checks import CHECKED, TOLERANCES, Variant, Watcher, beyond, check_engine, check_exports, not_taken
 from benchmarks.random_model import LlamaShape, write_random_llama
 from benchmarks.report import measure
 
+TINY = LlamaShape(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=256, vocab=500)
 SMALL = cuda.Sizes(
-    model=LlamaShape(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=256, vocab=500),
-    kv_bytes=2**22, rounds=2, batches=(2,), prompts=(40,), shared=(64, 2), export_blocks=8, busy_side=16,
+    model=TINY, kv_bytes=2**22, rounds=2, batches=(2,), prompts=(40,), shared=(64, 2), export_blocks=8, busy_side=16,
+    beside=Beside(TINY, 2**22, decodes=2, context=10, prompts=2, prompt=80, chunks=(40,)),
 )  # fmt: skip
 
 
@@ -52,9 +54,21 @@ def test_an_announcement_that_comes_early_is_seen() -> None:
     assert (watcher.layers, watcher.early) == ([0, 1], [0])
 
 
+def test_prompts_beside_decodes_pass_their_check_on_the_cpu() -> None:
+    one = check_beside("cpu", "float32", threads=1)
+    assert one.failures == ()
+    assert all(item.figure.samples == 7 for item in one.measurements)
+
+
+def test_prompts_that_are_not_beside_decodes_fail_that_check() -> None:
+    one = check_beside("cpu", "float32", 1, lambda model, engine: None)
+    assert len(one.failures) == 1
+    assert one.failures[0].endswith("no decode was computed while a prompt was in the air")
+
+
 def test_the_benchmarks_run_in_small() -> None:
     names = [item.name for item in cuda.timed("cpu", SMALL, cuda.TIMED[-1:])]
-    assert len(names) == len(set(names)) == 6
+    assert len(names) == len(set(names)) == 10
 
 
 def test_without_a_device_nothing_is_claimed(capsys: pytest.CaptureFixture[str]) -> None:
