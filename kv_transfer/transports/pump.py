@@ -8,7 +8,6 @@ from typing import Protocol
 
 IDLE_S = 0.01  # between turns while nothing is transferred
 _SPINS = 64  # progress calls per turn of the loop at most; the first that finds nothing is the last
-_STILL_TURNS = 4  # fruitless turns after which the core is offered to others
 _ALL_EVERY = 16
 
 
@@ -31,7 +30,6 @@ class Pump:
         self._next: asyncio.Handle | None = None
         self._spinning = False
         self._turns = 0
-        self._still = 0  # turns since something moved
 
     def add(self, lane: Turned) -> None:
         self._lanes[lane] = None
@@ -59,8 +57,7 @@ class Pump:
         for lane in list(self._lanes) if everyone else busy:
             moved |= lane.turn(_SPINS if lane.busy else 1, everyone=everyone)
         self._spinning = bool(busy)
-        self._still = 0 if moved else self._still + 1
-        if busy and self._still > _STILL_TURNS:
+        if busy and not moved:
             # The peer has to move first, and where cores are short it may be waiting for ours.
             os.sched_yield()
         loop = asyncio.get_running_loop()
