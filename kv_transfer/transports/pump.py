@@ -8,6 +8,7 @@ from typing import Protocol
 
 IDLE_S = 0.01  # between turns while nothing is transferred
 _SPINS = 64  # progress calls per turn of the loop at most; the first that finds nothing is the last
+_YIELD_EVERY = 4  # turns in which nothing moved
 _ALL_EVERY = 16
 
 
@@ -18,7 +19,7 @@ class Turned(Protocol):
     def turn(self, spins: int, *, everyone: bool) -> bool:
         """Up to `spins` progress calls; `everyone`: look at all that wait, not only at those whose turn it most likely is.
 
-        True where something moved.
+        True where something moved, or where the core is to be kept all the same.
         """
 
 
@@ -30,6 +31,7 @@ class Pump:
         self._next: asyncio.Handle | None = None
         self._spinning = False
         self._turns = 0
+        self._still = 0  # turns in which nothing moved, since one did or the core was yielded
 
     def add(self, lane: Turned) -> None:
         self._lanes[lane] = None
@@ -57,8 +59,10 @@ class Pump:
         for lane in list(self._lanes) if everyone else busy:
             moved |= lane.turn(_SPINS if lane.busy else 1, everyone=everyone)
         self._spinning = bool(busy)
-        if busy and not moved:
+        self._still = 0 if moved else self._still + 1
+        if busy and self._still == _YIELD_EVERY:
             # The peer has to move first, and where cores are short it may be waiting for ours.
+            self._still = 0
             os.sched_yield()
         loop = asyncio.get_running_loop()
         if busy:

@@ -81,7 +81,7 @@ class UcxTransport:
         """A new lane, driven inside; it and `sock` go where connecting fails."""
         lane = Lane(self._library.open_context(), self._pump)
         try:
-            with lane.active():
+            with lane.meeting():
                 yield lane
         except BaseException:
             lane.drop()

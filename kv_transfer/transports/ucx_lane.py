@@ -25,6 +25,7 @@ class Lane:
         self._context: Context | None = context
         self._pump = pump
         self._users = 0
+        self._meeting = 0
         self._polls: dict[asyncio.Future[None], Callable[[], bool]] = {}
         pump.add(self)
 
@@ -48,6 +49,16 @@ class Lane:
         finally:
             self._users -= 1
 
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """`active`, and the core is kept: the peer comes in over sockets and UCX's own thread, within a deadline."""
+        self._meeting += 1
+        try:
+            with self.active():
+                yield
+        finally:
+            self._meeting -= 1
+
     async def until(self, ready: Callable[[], bool]) -> None:
         """Polls `ready` while the lane is driven; returns when it is true, raises what it raises."""
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -69,7 +80,7 @@ class Lane:
                     waiting.set_result(None)
             except TransferFailed as error:
                 waiting.set_exception(error)
-        return moved
+        return moved or self._meeting > 0
 
     def _progress(self, spins: int) -> bool:
         if self._context is None:
