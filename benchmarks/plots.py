@@ -16,6 +16,7 @@ from benchmarks.report import RESULTS, Result, read_result
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _REPLAY = re.compile(r"(.+): (\d+) blocks, (.+), (hits|compute saved)")
+_TIER_ROW = re.compile(r"(\w+), (.+): (tokens hit, (device|host|disk)|tokens computed|TTFT, mean)")
 _BELADY = "Belady (knows the future)"
 _RIGHT = re.compile(r"right, (.+), ratio ([\d.]+)")
 _SERVED = re.compile(r"TTFT of (\d+) tokens in chunks, KV from (.+)")
@@ -108,6 +109,37 @@ def blend(accuracy: Result, served: Result, target: Path) -> None:
     pyplot.close(figure)
 
 
+def tier_replay(shown: Result, target: Path) -> None:
+    """Left: where the tokens of all prompts came from, a bar per capacity and policy. Right: mean time to the first token."""
+    parts: dict[str, dict[str, float]] = {}
+    times: dict[str, tuple[float, float]] = {}
+    for item in shown.measurements:
+        if (found := _TIER_ROW.fullmatch(item.name)) is None:
+            continue
+        bar = f"{found[2]}\n{found[1]}"
+        if item.peer is not None:
+            times[bar] = (item.figure.median, item.peer.figure.median)
+        else:
+            parts.setdefault(found[4] or "computed", {})[bar] = item.figure.median / 1000
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    below = dict.fromkeys(times, 0.0)
+    for name, values in parts.items():
+        left.bar(list(values), list(values.values()), bottom=[below[bar] for bar in values], label=name)
+        below = {bar: below[bar] + values[bar] for bar in values}
+    left.set_ylabel("tokens of prompts, thousands")
+    left.set_title("Where their KV came from")
+    left.set_ylim(top=1.15 * max(below.values()))
+    left.legend(fontsize="small", ncols=len(parts), loc="upper center")
+    right.bar(list(times), [ours for ours, _ in times.values()], label="with tiers")
+    right.scatter(list(times), [computed for _, computed in times.values()], color="grey", label="computed", zorder=2)
+    right.set_ylabel("mean time to the first token, s")
+    right.set_title("Against computing everything, in the same round")
+    right.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def _lines(axes: Axes, lines: dict[str, list[tuple[int, float]]], limit: float) -> None:
     for name, points in sorted(lines.items(), key=lambda line: line[0] == _BELADY):  # a policy has one colour in both
         capacities, values = zip(*sorted(set(points)), strict=True)
@@ -124,6 +156,7 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "pdserve"  # the same file from the same numbers
     shared_prefix(read_result(RESULTS / "shared_prefix-full.json"), DOCS / "shared_prefix.svg")
     cache_replay(read_result(RESULTS / "cache_replay-full.json"), DOCS / "cache_replay.svg")
+    tier_replay(read_result(RESULTS / "tier_replay-full.json"), DOCS / "tier_replay.svg")
     accuracy, served = (read_result(RESULTS / f"{name}-full.json") for name in ("blend_accuracy", "blend_served"))
     blend(accuracy, served, DOCS / "blend.svg")
 

@@ -126,6 +126,7 @@ class Replay:
             "engine.kv_bytes": self.device_pages * page_bytes,
             "engine.threads": self.threads,
             "engine.cores": "none",  # the others would be bound to what the first one leaves
+            "controller.no_worker_grace_s": 60,  # a starved worker misses heartbeats: that is waited for, and counted
             "model.served_name": "m",
             "model.dtype": "float32",
         }
