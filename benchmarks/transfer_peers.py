@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ NOTES = (
     "CPU: both processes of a contender, which poll while bytes move, in steps of 10 ms; memcpy's is that of its one process",
     "NIXL: one request of 64 descriptors, memory registered before; as 'NIXL driver' behind our contract, a message at a time",
     "our transports without the hand-off's protocol and checksums, as the peers have none",
-    "over tcp: UCX_TLS=tcp and the same UCX settings (our profile tcp) on both sides, for NIXL too",
+    "over tcp: UCX_TLS=tcp and the same UCX settings (our profile tcp) on both sides, for NIXL too; a socket for each network device "
+    "of the host with NIXL (two where there is one beside the loopback), four with ours, as the drivers have it by default",
 )
 
 
@@ -148,9 +150,12 @@ def decoding(folder: Path) -> Iterator[Running]:
 def rounds(running: Mapping[str, Running], memcpy: Memcpy, count: int, load: Running | None) -> dict[str, Samples]:
     """One entry per contender, and "memcpy"; with `load`, its steps during each transfer and, as "nothing", during none."""
     taken = {name: Samples() for name in ("memcpy", "nothing", *running)}
+    names = deque(running)
     for _ in range(count):
         memcpy.round(taken["memcpy"])
-        for name, contender in running.items():
+        names.rotate()  # nobody always comes after the same neighbour
+        for name in names:
+            contender = running[name]
             if load is not None:
                 load.ask()
             seconds, cpu_s = contender.ask()
