@@ -3,7 +3,8 @@ host memory or from disk after a restart, against the whole prefill of the same 
 
 `python -m benchmarks.blend_served [--full]`. A real cluster (1 prefill + 1 decode worker) of a random 100M-parameter Llama: time, not
 quality (`benchmarks.blend_accuracy` has that). Every prompt has its chunks in an order of its own and another question, so that no
-prefix of it was ever computed. Loading is part of the time: it comes before the blend, not beside it.
+prefix of it was ever computed. Loading is part of the time: it begins with the blend, which waits
+for it after the first layer.
 """
 
 from __future__ import annotations
