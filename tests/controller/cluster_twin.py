@@ -17,6 +17,7 @@ from controller.request_metrics import RequestObserver
 from controller.service import ControllerService, ServiceSettings
 from controller.waiting_room import PlacementSettings
 from pdserve.v1 import types_pb2
+from service_kit.config import TransferConfig
 from service_kit.metrics import Metrics
 from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin
 
@@ -154,6 +155,8 @@ async def cluster(
             await worker.kill()
 
 
+# For real workers in a test's own process: on a busy machine a peer that gets no turn for seconds is neither silent nor gone.
+PATIENT_TRANSFER = TransferConfig(heartbeat_misses=40, connect_s=30.0, lease_s=60.0)
 _NUMBERS = iter(range(10**9))
 
 

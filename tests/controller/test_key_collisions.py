@@ -28,7 +28,7 @@ from kv_transfer.transports import open_transport
 from pdserve.v1 import membership_pb2_grpc, worker_pb2
 from prefill_worker.service import PrefillService
 from service_kit.config import ClusterConfig, EngineConfig, ModelConfig, StoreConfig
-from tests.controller.cluster_twin import ClusterTwin, cluster
+from tests.controller.cluster_twin import PATIENT_TRANSFER, ClusterTwin, cluster
 from tests.controller.test_native_inproc import MODEL
 from tests.kv_store.redis_server import running_redis
 from tests.kv_transfer.short_keys import shortened_keys
@@ -65,12 +65,13 @@ class Build:
                 redis_url=self.redis_url,
                 load_deadline_s=20.0,
             ),
+            transfer=PATIENT_TRANSFER,
         )
 
     async def worker(self, worker_id: str, config: ClusterConfig) -> WorkerNode:
         command = (sys.executable, "-m", "tests.worker.colliding_engine") if self.bits else ()
         environment = {"KEY_BITS": str(self.bits), "PYTHONPATH": str(MODEL.parents[1])}
-        link = await ProcessEngineLink.start(config.model_dump_json().encode(), 120.0, command, environment)
+        link = await ProcessEngineLink.start(config.model_dump_json().encode(), 200.0, command, environment)
         settings = NodeSettings(worker_id, frozenset({WORKERS[worker_id]}), config, "test", new_incarnation())
         place = StorePlace(self.folder / worker_id)
         return await WorkerNode.open(

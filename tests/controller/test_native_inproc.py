@@ -18,7 +18,7 @@ from kv_transfer.transports import open_transport
 from pdserve.v1 import membership_pb2_grpc
 from prefill_worker.service import PrefillService
 from service_kit.config import ClusterConfig, EngineConfig, ModelConfig
-from tests.controller.cluster_twin import ClusterTwin, Got, cluster
+from tests.controller.cluster_twin import PATIENT_TRANSFER, ClusterTwin, Got, cluster
 from worker_runtime.engine_link import ProcessEngineLink
 from worker_runtime.holding import RoleName
 from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
@@ -31,7 +31,7 @@ LOGPROB_TOLERANCE = 1e-3
 
 
 async def open_worker(worker_id: str, role: RoleName, config: ClusterConfig) -> WorkerNode:
-    link = await ProcessEngineLink.start(config.model_dump_json().encode(), 60.0, ())
+    link = await ProcessEngineLink.start(config.model_dump_json().encode(), 200.0, ())
     settings = NodeSettings(worker_id, frozenset({role}), config, "test", new_incarnation())
     transports = {"inproc": open_transport("inproc", config.transfer, "127.0.0.1")}
     return await WorkerNode.open(settings, link, (PrefillService, DecodeService), transports=transports)
@@ -49,6 +49,7 @@ async def pair(prefill_chunk: int) -> AsyncIterator[ClusterTwin]:
             controllers=(f"127.0.0.1:{port}",),
             model=ModelConfig(path=str(MODEL), dtype="float32", device="cpu"),
             engine=EngineConfig(kv_bytes=32 * 2**20, threads=1, prefill_chunk=prefill_chunk, prefix_reuse=False),
+            transfer=PATIENT_TRANSFER,
         )
         nodes = [await open_worker(worker_id, role, config) for worker_id, role in WORKERS]
         running = [asyncio.create_task(node.run()) for node in nodes]

@@ -21,7 +21,13 @@ START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 120.0  # longer than `down` drains and kills
 # Many clusters run side by side: pools that are shares of the free memory would find none left, and a worker that gets no turn
 # for a second is not lost. One that is killed is seen by its connection.
-SMALL_SETTINGS = ("store.host_bytes=33554432", "engine.kv_bytes=134217728", "worker.heartbeat_misses=20")
+SMALL_SETTINGS = (
+    "store.host_bytes=33554432",
+    "engine.kv_bytes=134217728",
+    "worker.heartbeat_misses=20",
+    "transfer.heartbeat_misses=20",
+    "transfer.connect_s=30",
+)
 SMALL = tuple(part for setting in SMALL_SETTINGS for part in ("--set", setting))
 COMMAND_S = 180.0
 
