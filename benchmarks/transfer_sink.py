@@ -18,6 +18,7 @@ from kv_transfer.transports import open_transport
 from service_kit.config import TransferConfig
 
 HOST = "127.0.0.1"
+ACCEPT_S = 60.0  # a peer that was refused at the door is not told of by it
 
 
 async def receive(connection: Connection, arena: Arena, first_tag: int, messages: int, in_flight: int) -> float:
@@ -50,7 +51,9 @@ async def main(name: str, profile: str) -> None:
         if arena is None or arena.layout.block_bytes != size_bytes:
             arena = Arena.anonymous(ArenaShape(1, messages, size_bytes))
             arena.prefault()
-        seconds = await receive(await accepted, arena, first_tag, messages, in_flight)
+        async with asyncio.timeout(ACCEPT_S):
+            connection = await accepted
+        seconds = await receive(connection, arena, first_tag, messages, in_flight)
         sys.stdout.write(f"{seconds}\n")
         sys.stdout.flush()
     await transport.close()
