@@ -21,6 +21,8 @@ from engine.protocol import LogprobRow, Sampling
 from engine.race import PASS_ELEMENTS, Race
 from pdserve.errors import InternalError
 
+_BLOCK = 128  # logits among which the place of the highest is looked for
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -76,8 +78,8 @@ class Sampler:
         assert logits.shape == (len(draws), self._vocab)
         if not draws:
             return []
-        _check(logits.amax(1), range(len(draws)))
-        token_ids = logits.argmax(1)
+        peaks, token_ids = _best(logits)
+        _check(peaks, range(len(draws)))
         slow = [row for row, draw in enumerate(draws) if draw.changes_logits or draw.sampling.temperature > 0]
         if slow:
             where = self._tensor(slow)
@@ -126,6 +128,23 @@ class Sampler:
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest logit of each row [n], NaN where it holds NaN, and the lowest id that has it, int64 [n].
+
+    On the CPU torch finds a place four times as slowly as a value, so places are looked for in one block of each row only.
+    """
+    vocab = logits.shape[1]
+    blocks, rest = divmod(vocab, _BLOCK)
+    highest = logits[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(2)
+    if rest:
+        highest = torch.cat([highest, logits[:, -rest:].amax(1, keepdim=True)], 1)
+    first = highest.argmax(1, keepdim=True) * _BLOCK
+    ids = (first + torch.arange(_BLOCK, device=logits.device)).clamp_(
+        max=vocab - 1
+    )  # the last one again: never the first
+    return highest.amax(1), (first + logits.gather(1, ids).argmax(1, keepdim=True)).squeeze(1)
 
 
 def logprob_rows(logits: torch.Tensor, token_ids: torch.Tensor, top: int) -> list[LogprobRow]:

@@ -101,6 +101,17 @@ def test_a_large_vocabulary_draws_what_a_plain_sampler_draws(shape: str, top_p: 
         assert token_id in acceptable(row, asked, reference_noise(asked.seed, 0, 0, 32_003))
 
 
+@pytest.mark.parametrize("vocab", [1, 127, 128, 129, 256, 4096])
+def test_greedy_finds_the_best_wherever_it_lies(vocab: int) -> None:
+    places = sorted(
+        {0, 1, vocab // 2, max(0, vocab - 130), max(0, vocab - 129), max(0, vocab - 2), vocab - 1} & set(range(vocab))
+    )
+    logits = torch.zeros(len(places), vocab)
+    for row, place in enumerate(places):
+        logits[row, place:] = 1.0  # the lowest of many equal ones
+    assert _ids(_sampler(vocab).draw(logits, [_draw(sampling(0.0))] * len(places))) == places
+
+
 def test_greedy_draws_the_lowest_id_of_equal_ones() -> None:
     logits = torch.zeros(2, 500)
     logits[1, 300:] = 1
