@@ -1,8 +1,8 @@
 """The engine against others in one run, beside the floors: same weights, threads and cores, fp32 and bf16.
 
-`python -m benchmarks.peers [--full] [--threads N] [--dtype float32|bfloat16] [--vllm-eager] [--without NAME]`. vLLM, llama.cpp and
-OpenVINO GenAI live in environments of their own (`make peers-setup`, or the pythons that PDSERVE_VLLM_PYTHON, PDSERVE_LLAMA_PYTHON and
-PDSERVE_OPENVINO_PYTHON name); the run goes on without those that are not there. transformers is in ours.
+`python -m benchmarks.peers [--full] [--threads N] [--dtype float32|bfloat16] [--prompt TOKENS] [--vllm-eager] [--without NAME]`.
+vLLM, llama.cpp and OpenVINO GenAI live in environments of their own (`make peers-setup`, or the pythons that PDSERVE_VLLM_PYTHON,
+PDSERVE_LLAMA_PYTHON and PDSERVE_OPENVINO_PYTHON name); the run goes on without those that are not there. transformers is in ours.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Plan:
     cores: tuple[int, ...]  # one compute thread on each
     peers: Mapping[str, Path]  # the pythons of those that are installed
     vllm_eager: bool
+    prompts: tuple[int, ...] = PROMPTS  # lengths to prefill
 
     def program(self, name: str, model_dir: Path, dtype: Dtype) -> PeerProgram:
         python = self.peers[name]
@@ -140,7 +141,7 @@ def measure_dtype(plan: Plan, dtype: Dtype, settings: dict[str, Setting]) -> lis
             taken = decode_ms(contenders.decoding, batch, effort)
             measurements += rows(f"{dtype}: decode step, batch {batch}", "ms", names, taken)
         names = [contender.name for contender in contenders.prefilling]
-        for tokens in PROMPTS:
+        for tokens in plan.prompts:
             taken = prefill_rates(contenders.prefilling, tokens, effort)
             measurements += rows(f"{dtype}: prefill, {tokens} tokens", "tok/s", names, taken)
     return measurements
@@ -186,6 +187,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--without", choices=PEER_MODULES, action="append", default=[], help="leave out a peer; repeatable"
     )
+    parser.add_argument(
+        "--prompt", type=int, choices=PROMPTS, action="append", help="prefill only this many tokens; repeatable"
+    )
     given = parser.parse_args(arguments)
     if given.cores is None:
         allowed = sorted(os.sched_getaffinity(0))
@@ -199,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name in PEER_MODULES.keys() - peers.keys():
         print(absence(name), flush=True)
-    plan = Plan(mode_of(given), tuple(given.cores), peers, given.vllm_eager)
+    plan = Plan(mode_of(given), tuple(given.cores), peers, given.vllm_eager, tuple(given.prompt or PROMPTS))
     publish(run(plan, given.dtype or DTYPES))
 
 
