@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from dataclasses import replace
 
@@ -84,6 +85,14 @@ async def start(twin: ClusterTwin, page_s: float) -> None:
     await twin.until(lambda: all(known(twin, name, len(keys) // HASH_BYTES) for name in ("p0", "p1")), "speeds known")
 
 
+def read_at(twin: ClusterTwin, page_s: float) -> None:
+    for worker in twin.workers.values():
+        worker.tiers = [worker_pb2.TierReport(tier="disk", read_s=page_s, read_pages=1)]
+        record = twin.fleet.record(worker.worker_id)
+        assert record is not None
+        record.report(worker.load(), 0.0)
+
+
 def known(twin: ClusterTwin, name: str, units: int) -> bool:
     record = twin.fleet.record(name)
     return record is not None and record.load.prefill_token_us > 0 and record.holdings.units() == {"disk": units}
@@ -93,7 +102,10 @@ async def test_the_first_choice_holds_for_every_attempt_and_is_in_the_timeline()
     async with cluster() as twin:
         await start(twin, page_s=0.004)
         wanted = replace(asked(40, prompt=PROMPT), kv_blend=AUTO, request_id="auto")
-        got = await twin.collect(wanted)
+        answer = asyncio.create_task(twin.collect(wanted))
+        await twin.until(lambda: bool(works_of(twin)), "first attempt under way")
+        read_at(twin, page_s=0.008)  # what a second choice would go by
+        got = await answer
         assert len(got.token_ids[0]) == 40
         timeline = twin.desk.request("auto")
         assert timeline is not None
