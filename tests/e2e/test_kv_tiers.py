@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "def read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n" * 6
 TIERS = ("device", "host", "disk", "redis")
+SAVED_S, LONGEST_S = 10.0, 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,20 @@ class Operator:
         return {**worker["tokens"], "keyed": answer["keyed_tokens"], "reusable": worker["reusable_tokens"]}
 
     def compute(self) -> None:
-        """From nothing: PROMPT then lies in every tier."""
+        """From nothing: PROMPT then lies in every tier. A tier that is too busy is not waited for: then it is computed once more."""
+        end_s = time.monotonic() + LONGEST_S
+        while True:
+            self._compute_once()
+            try:
+                return wait_until(self._everywhere, "the prompt lies in every tier", SAVED_S)
+            except AssertionError:
+                if time.monotonic() > end_s:
+                    raise
+
+    def _compute_once(self) -> None:
         httpx.post(f"{self.cluster.api_url}/api/v1/kv/flush", json={}, timeout=30).raise_for_status()
         body = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0}
         httpx.post(f"{self.cluster.api_url}/v1/completions", json=body, timeout=60).raise_for_status()
-        wait_until(self._everywhere, "the prompt lies in every tier")
 
     def _everywhere(self) -> bool:
         holding = self.holding()
