@@ -137,7 +137,7 @@ def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     vocab = logits.shape[1]
     blocks, rest = divmod(vocab, _BLOCK)
-    highest = logits[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(2)
+    highest = logits[:, : blocks * _BLOCK].view(len(logits), blocks, _BLOCK).amax(2)
     if rest:
         highest = torch.cat([highest, logits[:, -rest:].amax(1, keepdim=True)], 1)
     first = highest.argmax(1, keepdim=True) * _BLOCK
