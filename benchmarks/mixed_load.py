@@ -3,8 +3,9 @@
 `python -m benchmarks.mixed_load [--full]`. Clusters of the shipped model, one thread per worker: one worker that cuts prompts into
 chunks, one that does not, a prefill and a decode worker, and these two with a core of its own each. The solo value of each is its own
 without the prompts. What the prompts add is told apart: those of one token end in the prefill worker, so they only share the machine;
-those of two are handed off and decode one step over their whole context. How long the decode engine waited for a core tells what the
-machine had to do with it.
+those of two are handed off and decode one step over their whole context. That step alone is another floor: the same streams while one
+sequence as long as those prompts decodes beside them all the time, and no other arrives. How long the decode engine waited for a core
+tells what the machine had to do with it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from benchmarks.report import Measurement, Mode, Result, compare, measure, resul
 STREAMS, PROMPT, OUTPUT = 4, 64, 600
 LONG_CLIENTS, LONG_PROMPT = 2, 3000
 HANDED_OFF, PREFILLED_ONLY = 2, 1  # tokens of a long prompt's answer
+LONG_OUTPUT = 1000  # tokens of a long sequence that decodes all the time; with its prompt it fits the model's context
+PREFILL_S = (
+    1.5  # for such a prompt before the streams begin; what is left of it then is one arrival in thousands of steps
+)
 SECONDS: dict[Mode, float] = {"quick": 6.0, "full": 15.0}
 ROUNDS: dict[Mode, int] = {"quick": 2, "full": 5}
 START_S, SETTLE_S = 180.0, 0.5
@@ -59,6 +64,9 @@ class Rounds:
 
     alone: list[LoadReport] = field(default_factory=list)
     beside_prefill: list[LoadReport] = field(default_factory=list)  # streams while prompts are prefilled, and no more
+    beside_decode: list[LoadReport] = field(
+        default_factory=list
+    )  # streams while one long sequence decodes, and none arrives
     mixed: list[LoadReport] = field(default_factory=list)  # streams while prompts are prefilled, handed off and decoded
     prompts: list[LoadReport] = field(default_factory=list)
     waited_alone: list[float] = field(default_factory=list)  # see waited_share
@@ -131,6 +139,15 @@ def rounds(address: str, mode: Mode) -> Rounds:
         arriving = load(address, LONG_CLIENTS, tokens, span_s, next(seeds))
         return report_of(running, seconds), report_of(arriving, seconds)
 
+    def beside_decode() -> LoadReport:
+        decoding = load(address, 1, (LONG_PROMPT, LONG_OUTPUT), 10 * seconds, next(seeds))
+        try:
+            time.sleep(PREFILL_S)
+            return report_of(streams(), seconds)
+        finally:
+            decoding.kill()
+            decoding.communicate()
+
     for _ in range(ROUNDS[mode]):
         start = core_times_ns(engine)
         taken.alone.append(report_of(streams(), seconds))
@@ -140,6 +157,7 @@ def rounds(address: str, mode: Mode) -> Rounds:
         taken.waited_mixed.append(waited_share(between, core_times_ns(engine)))
         taken.mixed.append(mixed)
         taken.prompts.append(prompts)
+        taken.beside_decode.append(beside_decode())
         taken.beside_prefill.append(among_prompts(PREFILLED_ONLY)[0])
     return taken
 
@@ -151,9 +169,11 @@ def measurements(name: str, address: str, mode: Mode) -> list[Measurement]:
         return [float(getattr(report, attribute)) * 1e3 for report in reports]
 
     solo = ("the same streams alone", ms(taken.alone, "itl_p99_s"))
+    floor = ("streams beside a decoding sequence of that length", ms(taken.beside_decode, "itl_p99_s"))
     quiet = ("the same streams alone", taken.waited_alone)
     return [
         compare(f"{name}: ITL p99", "ms", ms(taken.mixed, "itl_p99_s"), solo, "lower"),
+        compare(f"{name}: ITL p99, to what the step itself costs", "ms", ms(taken.mixed, "itl_p99_s"), floor, "lower"),
         compare(f"{name}: ITL p99, prompts of one token", "ms", ms(taken.beside_prefill, "itl_p99_s"), solo, "lower"),
         compare(f"{name}: decode engine without a core", "%", taken.waited_mixed, quiet, "lower"),
         measure(f"{name}: ITL p50", "ms", ms(taken.mixed, "itl_p50_s")),
