@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,9 +33,12 @@ from benchmarks.reference_llama import ReferenceLlama
 from benchmarks.report import Measurement, measure
 from engine.cuda_export import Event as LaneEvent
 from engine.cuda_streams import prompt_lane
+from engine.flight import Lane
+from engine.forward import ForwardPass
 from engine.kv_memory import TORCH_DTYPES
 from engine.loaded_model import LoadedModel
 from engine.protocol import Event, KvReady, Started
+from engine.step_batch import StepBatch
 from service_kit.config import EngineConfig, ModelConfig
 
 Stream = Literal["shared", "own"]
@@ -42,7 +46,7 @@ STREAMS: dict[Device, tuple[Stream, ...]] = {"cuda": ("shared", "own"), "cpu": (
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 WARM_UP_STEPS = 10
 LOOKS = 3  # of a rehearsal, until a prompt counts as computed
-BUSY_SIDE = 4096
+BUSY_SIDE = {"cuda": 4096, "cpu": 64}
 LONG_OUTPUT = 8000  # of the decode that prompts are computed beside, which is cancelled before
 
 
@@ -64,35 +68,42 @@ class Beside:
 WIDE = LlamaShape(layers=6, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=11_008, vocab=8192)
 
 
-class LateLane:
-    """An engine.flight.Lane whose work ends long after it was launched: on CUDA products come before it; off CUDA, where it is done
-    at once, it is told after some looks."""
+def device_lane(model: LoadedModel, engine: EngineConfig) -> Lane | None:
+    """The device's own, or where it has none that of a rehearsal."""
+    return prompt_lane(model, engine) if model.device.type == "cuda" else RehearsalLane()
 
-    def __init__(self, model: LoadedModel, engine: EngineConfig) -> None:
-        self._lane = prompt_lane(model, engine) if model.device.type == "cuda" else None
-        self._busy = torch.full((BUSY_SIDE, BUSY_SIDE), 0.5 / BUSY_SIDE, device=model.device) if self._lane else None
+
+class RehearsalLane:
+    """An engine.flight.Lane for a device without streams: done at once, told after some looks."""
 
     def launch(self, work: Callable[[], None]) -> LaneEvent:
-        if self._lane is None:
-            work()
-            return _Looked()
-        return self._lane.launch(lambda: self._late(work))
+        work()
+        return _Looked()
 
     def land(self, work: Callable[[], None]) -> None:
-        if self._lane is None:
-            work()
-        else:
-            self._lane.land(work)
+        work()
 
     def close(self) -> None:
-        if self._lane is not None:
-            self._lane.close()
+        pass
 
-    def _late(self, work: Callable[[], None]) -> None:
-        assert self._busy is not None
-        for _ in range(20):
-            self._busy @ self._busy
-        work()
+
+class LateForward:
+    """A ForwardPass that ends long after its launch: products come behind the keys and values of its first layer. Not before it:
+    the batch is copied to the device first, which the host waits for."""
+
+    def __init__(self, forward: ForwardPass, device: torch.device) -> None:
+        side = BUSY_SIDE[device.type]
+        self._forward = forward
+        self._busy = torch.full((side, side), 0.5 / side, device=device)
+
+    def run(self, batch: StepBatch, layer_written: Callable[[int], None]) -> torch.Tensor:
+        return self._forward.run(batch, partial(self._written, layer_written))
+
+    def _written(self, layer_written: Callable[[int], None], layer: int) -> None:
+        layer_written(layer)
+        if layer == 0:
+            for _ in range(20):
+                self._busy @ self._busy
 
 
 class _Looked:
@@ -129,7 +140,7 @@ class AnnouncedKv(TokenSink):
 # ---- check
 
 
-def check_beside(device: Device, dtype: Dtype, threads: int, lane_of: LaneOf = LateLane) -> Checked:
+def check_beside(device: Device, dtype: Dtype, threads: int, lane_of: LaneOf = device_lane) -> Checked:
     """Prompts arrive one by one among decodes; one of them is for a hand-off. Against float64, and announced KV against the pool."""
     source = random.Random(5)
     prompts = [[source.randrange(10, CHECKED.vocab) for _ in range(tokens)] for tokens in CHECKED_PROMPTS]
@@ -142,6 +153,8 @@ def check_beside(device: Device, dtype: Dtype, threads: int, lane_of: LaneOf = L
         sink = AnnouncedKv()
         driver = EngineDriver.configured(model, engine, sink, lane_of)
         sink.arena = _arena(driver)
+        late = LateForward(driver.engine._aloft, torch.device(device))
+        driver.engine._aloft = late  # type: ignore[assignment]
         asked = greedy(CHECKED_OUTPUT, logprobs=1)
         decoding = driver.submit(prompts[2], greedy(LONG_OUTPUT, logprobs=1))
         list(_stepped_beside(driver, decoding))

@@ -88,6 +88,7 @@ class Bench:
     engine: NativeEngine
     told: Reader
     arena: torch.Tensor
+    publications: SlowLane
     lane: PollLane | None
 
 
@@ -95,9 +96,10 @@ def bench(model: LoadedModel, lane: PollLane | None, *, blocks: int = 400, **set
     model = replace(model, layout=msgspec.structs.replace(model.layout, blocks=blocks))
     arena = Arena(model.layout)
     told = Reader(arena.tensor)
-    memory = DeviceKvMemory(arena, CPU, SlowLane(), SlowLane())
+    publications = SlowLane()
+    memory = DeviceKvMemory(arena, CPU, publications, SlowLane())
     config = EngineConfig.model_validate({"threads": 1, **settings})
-    return Bench(NativeEngine(model, memory, config, told, lane), told, arena.tensor, lane)
+    return Bench(NativeEngine(model, memory, config, told, lane), told, arena.tensor, publications, lane)
 
 
 def poll_lane(seed: int, when: When = "end", most_polls: int = 6) -> PollLane:
@@ -214,13 +216,50 @@ def test_a_cancelled_prefill_keeps_its_announced_blocks_until_its_reader_is_done
     assert held.told.of(Freed, 2)
 
 
+def test_what_was_announced_is_in_the_arena_before_a_cancelled_prefill_without_a_reader_is_freed(held: Bench) -> None:
+    one = launched(held, work(2, PROMPT), mode="prefill")
+    held.engine.handle(Cancel(one.flying.dispatch))
+    held.engine.handle(ReleaseSource(one.flying.dispatch))
+    finish(held.engine)
+    ends = [type(event) for event in (*held.told.of(KvReady, 2), *held.told.of(Freed, 2))]
+    told = [
+        event for event in held.told.events if isinstance(event, KvReady | Freed) and event.dispatch.request_key == 2
+    ]
+    assert [type(event) for event in told] == ends
+    assert ends[-1] is Freed
+    assert KvReady in ends
+
+
+def test_layers_are_announced_in_the_air_once_they_are_in_the_arena(model: LoadedModel) -> None:
+    on = bench(model, PollLane(_Never(), "launch", 0), prefix_reuse=False)
+    one = launched(on, work(2, PROMPT), mode="prefill")
+    assert len(on.publications.waiting) == 3
+    on.publications.end_next()
+    on.engine.step()
+    assert one.in_air
+    assert [event.layer for event in on.told.of(KvReady, 2)] == [0]
+    finish(on.engine)
+    assert [event.layer for event in on.told.of(KvReady, 2)] == [0, 1, 2]
+    on.engine.handle(ReleaseSource(one.flying.dispatch))
+    assert_all_free(on.engine)
+    on.engine.close()
+
+
+def test_cached_pages_are_announced_before_the_prompt_takes_off(held: Bench) -> None:
+    launched(held, work(2, PROMPT), mode="prefill")
+    assert [(event.layer, event.block_count) for event in held.told.of(KvReady, 2)] == [(0, 1), (1, 1), (2, 1)]
+    finish(held.engine)
+    held.engine.handle(ReleaseSource(Dispatch(2, 1)))
+
+
 def test_pages_are_lent_after_the_landing_and_a_lender_who_gives_up_before_is_heard(held: Bench) -> None:
     one = launched(held, work(2, PROMPT, sampling(2)))
+    begun = held.publications.begun
     for load_id in (1, 2):
         held.engine.handle(LoadPages(load_id, one.decoding.token_ids, one.decoding.block_hashes, mode="lend"))
     held.engine.handle(PagesLoaded(2, 0))
     assert one.in_air
-    assert not held.told.of(PagesOpened)
+    assert (held.publications.begun, held.told.of(PagesOpened)) == (begun, [])
     finish(held.engine)
     assert {event.load_id: len(event.held) for event in held.told.of(PagesOpened)}[1] == 1
     held.engine.handle(PagesLoaded(1, 0))
