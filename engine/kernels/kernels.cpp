@@ -179,7 +179,7 @@ static void rotate_row(float* heads, long count, long dim, const float* cosines,
 // ---- linear layers
 
 constexpr long STRETCH = 1024;              // of a panel's length, at most: with the next one it lies in the second cache
-constexpr long SPLIT_ROWS = 128;            // rows that one pass over the weights takes, about: they stay in that cache
+constexpr long SPLIT_ROWS = 256;            // rows that one pass over the weights takes, about: they stay in that cache
 constexpr long LEAST_SPLIT_ROWS = 48;       // where panels alone do not keep all threads busy
 constexpr long WIDEN_FROM_ROWS = 13;        // more than two row blocks: widening bfloat16 once pays
 constexpr long FETCH_UP_TO_ROWS = 4 * SPLIT_ROWS;  // more rows hide the way of the weights by themselves
