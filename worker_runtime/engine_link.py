@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -87,7 +88,7 @@ class ProcessEngineLink:
             if process.returncode == EXIT_CONFIG:
                 raise ConfigInvalid("The engine process refused its configuration; its log says why.") from error
             raise WorkerLost(f"the engine process did not start ({error or 'deadline'}); its log says why") from error
-        stream = _EventStream(reader, following)
+        stream = _EventStream(reader, following, ours.dup())
         await asyncio.get_running_loop().create_unix_connection(lambda: stream, sock=ours)
         return cls(process, stream, ready, arena)
 
@@ -116,10 +117,15 @@ class ProcessEngineLink:
 
 
 class _EventStream(asyncio.Protocol):
-    """Decodes what arrives in one wake-up and wakes the consumer once."""
+    """Decodes what arrives in one wake-up and wakes the consumer once.
 
-    def __init__(self, reader: FrameReader, following: list[Event]) -> None:
+    inbox: a second descriptor of the socket. A command that finds the engine dead ends the transport with what the engine said
+    before its death unread; that is read here.
+    """
+
+    def __init__(self, reader: FrameReader, following: list[Event], inbox: socket.socket) -> None:
         self._reader = reader
+        self._inbox = inbox
         self._events: deque[Event] = deque(following)
         self._arrived = asyncio.Event()
         self._transport: asyncio.Transport | None = None
@@ -145,6 +151,9 @@ class _EventStream(asyncio.Protocol):
         self._arrived.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        with self._inbox, contextlib.suppress(OSError):  # nothing more is there, or the end was a reset
+            while not self._failure and (data := self._inbox.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)):
+                self.data_received(data)
         self._lose(f"the engine process is gone ({exc or 'end of its stream'})")
 
     def write(self, frame: bytes) -> None:

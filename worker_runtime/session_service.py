@@ -8,7 +8,7 @@ from typing import Protocol
 
 import grpc
 
-from pdserve.errors import DeadlineExceeded, InvalidRequest
+from pdserve.errors import DeadlineExceeded, InvalidRequest, WorkerLost
 from pdserve.v1 import worker_pb2, worker_pb2_grpc
 from service_kit.logs import get_logger
 from worker_runtime.messages import MAX_NAME_CHARS
@@ -75,7 +75,11 @@ class SessionService(worker_pb2_grpc.WorkerServiceServicer):
                 return
             except TimeoutError as error:
                 raise DeadlineExceeded(f"No frame came from the controller for {silence_s} s.") from error
-            self._commands.handle(controller_id, request)
+            try:
+                self._commands.handle(controller_id, request)
+            except WorkerLost as lost:
+                # The node ends by the same loss; until then the stream carries what the engine said last.
+                log.info("command_without_engine", message=lost.message)
 
     def _raise_end(self, reader: asyncio.Task[None], stream: SessionStream) -> None:
         if stream.error is not None:

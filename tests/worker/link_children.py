@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import sys
@@ -38,6 +39,12 @@ def misbehave(kind: str, sock: socket.socket, channel: EngineChannel) -> None:
         for step in range(1000):
             channel.emit(numbered(step))
         channel.flush()
+    elif kind == "last-words":
+        channel.receive(60.0)
+        for step in range(1000):
+            channel.emit(numbered(step))
+        channel.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "ignores-stop":
         time.sleep(60)
     elif kind == "half-a-frame":

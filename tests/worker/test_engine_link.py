@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 
 import pytest
 
@@ -27,6 +28,13 @@ async def first_events(link: ProcessEngineLink, count: int) -> list[Event]:
     return events
 
 
+async def command_for_ever(link: ProcessEngineLink) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            link.send(ClearPrefixCache())
+            await asyncio.sleep(0)
+
+
 @pytest.mark.parametrize(("kind", "deadline_s"), [("exits", 20.0), ("wrong-first-event", 20.0), ("silent", 2.0)])
 async def test_an_engine_that_does_not_get_ready_is_an_error_and_is_ended(kind: str, deadline_s: float) -> None:
     with pytest.raises(WorkerLost):
@@ -48,6 +56,21 @@ async def test_events_that_come_in_one_burst_come_out_in_order() -> None:
     link = await start("bursts")
     events = await first_events(link, 1000)
     assert [event.step for event in events if isinstance(event, Load)] == list(range(1000))
+    await link.close()
+
+
+async def test_what_an_engine_said_before_it_was_killed_comes_out_although_a_command_found_it_dead_first() -> None:
+    link = await start("last-words")
+    link.send(ClearPrefixCache())
+    for _ in range(100):  # past the death of the engine, while the event loop stands still and reads nothing
+        time.sleep(0.002)  # noqa: ASYNC251
+        link.send(ClearPrefixCache())
+    with pytest.raises(WorkerLost):
+        await command_for_ever(link)
+    events = await first_events(link, 1000)
+    assert [event.step for event in events if isinstance(event, Load)] == list(range(1000))
+    with pytest.raises(WorkerLost):
+        await first_events(link, 1)
     await link.close()
 
 

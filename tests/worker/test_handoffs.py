@@ -209,15 +209,16 @@ async def test_a_grant_of_another_dispatch_fails_the_prefill_and_both_sides_are_
 async def test_a_worker_says_so_when_the_other_one_dies_before_the_hand_off_ended(
     controller: ControllerTwin, start_worker: StartWorker, dying: str
 ) -> None:
-    sets = ("engine.prefill_chunk=64", "engine.token_budget=64")
+    sets = ("engine.prefill_chunk=64", "engine.token_budget=64", "transfer.lease_s=2")
     pair = await open_pair(controller, start_worker, *sets, step_ms=100)
     prefill, decode = (pair.prefill, pair.blocks[0]), (pair.decode, pair.blocks[1])
     (dead, _), (alive, blocks) = (prefill, decode) if dying == "prefill" else (decode, prefill)
     await pair.start(commands.work(1, PROMPT, max_tokens=1000))
     await pair.prefill.until(lambda: pair.prefill.of("started"))
     os.kill(dead.snapshots[0].worker.pid, signal.SIGKILL)
-    await alive.until(lambda: alive.failures(1), 5.0)
-    assert alive.failures(1)[0].reason == "transfer_failed"
+    await alive.until(lambda: alive.failures(1))
+    # The lease ends what the dead one had not begun yet; with a connection its end is known sooner.
+    assert alive.failures(1)[0].reason in {"transfer_failed", "lease_expired"}
     await alive.blocks_free(blocks)
 
 
