@@ -19,12 +19,16 @@ from engine.protocol import (
     WriterDone,
 )
 from kv_transfer.receiver import ReceivedReport
-from pdserve.errors import Cancelled, NoCapacity, PdserveError, error_from_reason
+from pdserve.errors import Cancelled, NoCapacity, PdserveError, TransferFailed, error_from_reason
 from pdserve.v1 import worker_pb2
 from worker_runtime.dispatches import DispatchEvent, record_first_tokens
 from worker_runtime.holding import RoleName
 from worker_runtime.reports import HandoffFigures
 from worker_runtime.roles import CommandHandler, RoleContext, live_sequences, take_work
+
+# A controller sees the death of the other worker itself, and what died with it. Told of a broken hand-off first, it would send a
+# prompt that may have killed that worker to the next one.
+PEER_LOSS_TOLD_S = 0.5
 
 
 class DecodeService:
@@ -149,10 +153,13 @@ class ReservedDispatch:
 
     def writer_ended(self, error: PdserveError | None) -> None:
         self._context.engine.send(Cancel(self._work.dispatch))
-        if error is not None:
-            self._context.reports.failed(self._work.dispatch, error)
+        reports, dispatch = self._context.reports, self._work.dispatch
+        if error is None:
+            reports.settle(dispatch, 0)  # the prefill worker reported the end
+        elif isinstance(error, TransferFailed):
+            asyncio.get_running_loop().call_later(PEER_LOSS_TOLD_S, reports.failed, dispatch, error)
         else:
-            self._context.reports.settle(self._work.dispatch, 0)  # the prefill worker reported the end
+            reports.failed(dispatch, error)
 
     def _reserved(self, event: Reserved) -> None:
         self._stop_timer()
