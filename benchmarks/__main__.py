@@ -17,6 +17,7 @@ BENCHMARKS = (
     "mixed_load",
     "transfer",
     "handoff",
+    "second_token",
     "controller",
     "disk_tier",
     "tiers",
