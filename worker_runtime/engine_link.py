@@ -141,19 +141,14 @@ class _EventStream(asyncio.Protocol):
             self._arrived.set()
 
     def data_received(self, data: bytes) -> None:
-        try:
-            self._events.extend(EVENTS.decode(frame) for frame in self._reader.feed(data))
-        except (FrameTooLarge, ValueError) as error:  # msgspec's DecodeError is a ValueError
-            self._lose(f"the engine sent a frame that is none: {error}")
-            return
-        if len(self._events) > _EVENTS_HELD and self._transport is not None:
+        self._take(data)
+        if len(self._events) > _EVENTS_HELD and self._transport is not None and not self._failure:
             self._transport.pause_reading()
-        self._arrived.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         with self._inbox, contextlib.suppress(OSError):  # nothing more is there, or the end was a reset
             while not self._failure and (data := self._inbox.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)):
-                self.data_received(data)
+                self._take(data)
         self._lose(f"the engine process is gone ({exc or 'end of its stream'})")
 
     def write(self, frame: bytes) -> None:
@@ -178,6 +173,13 @@ class _EventStream(asyncio.Protocol):
 
     def close(self) -> None:
         self._lose("the link was closed")
+
+    def _take(self, data: bytes) -> None:
+        try:
+            self._events.extend(EVENTS.decode(frame) for frame in self._reader.feed(data))
+        except (FrameTooLarge, ValueError) as error:  # msgspec's DecodeError is a ValueError
+            self._lose(f"the engine sent a frame that is none: {error}")
+        self._arrived.set()
 
     def _lose(self, reason: str) -> None:
         self._failure = self._failure or reason
