@@ -16,7 +16,7 @@ class EvictionPolicy(Protocol):
     """
 
     def added(self, key: bytes, size_bytes: int, saving_s: float) -> None:
-        """A page came in. saving_s: seconds that one hit saves over the next best source."""
+        """A page came in. saving_s: seconds that one hit saves over the next best source; 0: not measured."""
 
     def hit(self, key: bytes) -> None:
         """A page was read. The pages of a chain are told last page first: a parent is never older than its child."""

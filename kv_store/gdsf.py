@@ -27,6 +27,9 @@ class Gdsf:
 
     The clock is the priority of the last page that left, so that what was useful once does not stay for ever; uses are halved with
     every turn over of the tier for the same reason.
+
+    A page whose saving was not measured counts as much as the last one that was. Until there is one, all count the same, in a unit
+    that the first measured one then sets for all of them.
     """
 
     def __init__(self) -> None:
@@ -35,12 +38,17 @@ class Gdsf:
         self._parked = Parked()
         self._clock = 0.0
         self._turns = 0.0
+        self._measured_s = 0.0
         self._serial = 0
         self._victim: bytes | None = None
 
     def added(self, key: bytes, size_bytes: int, saving_s: float) -> None:
+        if saving_s:
+            if not self._measured_s:
+                self._set_unit(saving_s)
+            self._measured_s = saving_s
         self._turns += 1.0 / (len(self._pages) + 1)
-        self._pages[key] = _Ranked(size_bytes, saving_s, 1.0, self._turns, 0.0, 0)
+        self._pages[key] = _Ranked(size_bytes, self._measured_s or 1.0, 1.0, self._turns, 0.0, 0)
         self._rank(key)
 
     def hit(self, key: bytes) -> None:
@@ -62,6 +70,15 @@ class Gdsf:
         if key == self._victim:
             self._clock = max(self._clock, page.priority)
         self._victim = None
+
+    def _set_unit(self, saving_s: float) -> None:
+        """What counted 1 so far counts so many seconds; the order stays."""
+        self._clock *= saving_s
+        for page in self._pages.values():
+            page.saving_s *= saving_s
+            page.priority *= saving_s
+        self._heap = [(page.priority, page.serial, key) for key, page in self._pages.items() if key not in self._parked]
+        heapify(self._heap)
 
     def _lowest(self, evictable: Evictable) -> bytes | None:
         while self._heap:

@@ -48,7 +48,9 @@ LOAD_THREADS = 2
 
 log = get_logger(__name__)
 
-_UNMEASURED_COMPUTE_S = 1.0  # per page: until something was computed here, every load is worth it
+_UNMEASURED_COMPUTE_S = (
+    1.0  # per page: until something was computed here, every load is worth it. No saving of a stored page
+)
 
 
 @dataclass(slots=True)
@@ -99,7 +101,7 @@ class PageTiers:
         self.openings = PageOpenings(engine)
         self.cutter = StretchCutter(engine.ready)
         self.figures = LoadFigures()
-        self._compute_page_s = _UNMEASURED_COMPUTE_S
+        self._compute_page_s = 0.0  # not measured
         self._store = store
         self._engine = engine
         self._config = config
@@ -231,7 +233,7 @@ class PageTiers:
         runs += [peer] if peer is not None else []
         if not runs:
             return None
-        split = best_split(runs, len(ids) - held, self._speeds(), self._compute_page_s)
+        split = best_split(runs, len(ids) - held, self._speeds(), self._compute_page_s or _UNMEASURED_COMPUTE_S)
         if split.load_pages and (stretch.in_parts or held + split.load_pages == len(ids)):
             return Plan(stretch.first(held + split.load_pages), own_end, source, split.load_s)
         self.figures.not_worth_it += 1

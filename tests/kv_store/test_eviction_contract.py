@@ -222,3 +222,34 @@ def test_gdsf_lets_go_of_what_was_useful_only_once() -> None:
             return
         policy.hit(key_of(number))
     pytest.fail("a page that nobody reads stayed for ever")
+
+
+def test_gdsf_ranks_pages_from_before_the_first_measurement_like_the_first_measured_one() -> None:
+    policy = Gdsf()
+    for key in (b"unused", b"read", b"early", b"late"):
+        policy.added(key, 10, 0.0)
+    policy.hit(b"read")
+    assert policy.victim(always) == b"unused"
+    policy.removed(b"unused")  # the clock has moved
+    policy.added(b"measured", 10, 0.002)
+    policy.added(b"cheaper", 10, 0.001)
+    policy.added(b"dearer", 10, 0.003)
+    assert leaving(policy) == [b"early", b"late", b"cheaper", b"read", b"measured", b"dearer"]
+
+
+def test_gdsf_ranks_an_unmeasured_page_like_the_last_measured_one() -> None:
+    policy = Gdsf()
+    policy.added(b"slow", 10, 5.0)
+    policy.added(b"fast", 10, 0.1)
+    policy.added(b"unmeasured", 10, 0.0)
+    assert leaving(policy) == [b"fast", b"unmeasured", b"slow"]
+
+
+def test_gdsf_gives_parked_pages_the_unit_of_the_first_measurement_too() -> None:
+    policy = Gdsf()
+    policy.added(b"parked", 10, 0.0)
+    policy.added(b"other", 10, 0.0)
+    assert policy.victim(b"other".__eq__) == b"other"
+    policy.added(b"measured", 10, 0.5)
+    policy.hit(b"parked")
+    assert leaving(policy) == [b"other", b"measured", b"parked"]

@@ -54,6 +54,7 @@ class Shelf:
         self.counters = TierCounters()
         self.held: dict[bytes, PageBytes] = {}
         self.tenants: set[bytes] = set()
+        self.savings: dict[bytes, float] = {}
         self.fails = False
         self.before_read: Callable[[], object] = lambda: None
         self.before_look: Callable[[], object] = lambda: None
@@ -74,6 +75,7 @@ class Shelf:
     def write(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> int:
         self._check()
         self.tenants |= {each.tenant for each in pages}
+        self.savings |= {each.id.key: each.saving_s for each in pages}
         self.held |= {each.id.key: bytes_.copy() for each, bytes_ in zip(pages, contents, strict=True)}
         return len(pages)
 

@@ -220,3 +220,14 @@ async def test_offered_pages_go_down_and_their_blocks_come_back(link: LinkTwin) 
     tiers.close()
     assert shelf.held[keys[0].key][1].tobytes() == bytes(range(64))
     assert shelf.tenants == {b"tenant"}
+
+
+async def test_the_saving_of_an_offered_page_is_what_was_measured_and_none_before_that(link: LinkTwin) -> None:
+    tiers = opened_tiers(link, shelf := Shelf())
+    keys = KeyChain(16, work().block_hashes, fingerprint_seed(IDENTITY)).pages(TOKENS, 2)
+    for token_s, key in zip((0.0, 0.001), keys, strict=True):
+        tiers.computes(token_s)
+        tiers.offered(KvOffered((OfferedPage(7, key.unit_keys, key.fingerprint, key.parent),), 0))
+    await link.until(lambda: link.names().count("PagesSaved") == 2)
+    tiers.close()
+    assert [shelf.savings[key.key] for key in keys] == [0.0, pytest.approx(0.016)]
