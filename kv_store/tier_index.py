@@ -27,7 +27,8 @@ State = Literal["writing", "ready", "evicting"]
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """place: what the tier needs to find the bytes (a slot, an offset)."""
+    """place: what the tier needs to find the bytes (a slot, an offset). parent: the key below which it stands, which is its page's
+    but where that would close a circle."""
 
     page: Page
     size_bytes: int
@@ -37,6 +38,7 @@ class Entry:
     state: State = "writing"
     refs: int = 0
     held_until_s: float = 0.0  # an operator's pin
+    parent: bytes = b""
 
     @property
     def key(self) -> bytes:
@@ -103,7 +105,7 @@ class TierIndex:
             if not self._outlived(here, now_s):
                 return False, evicted
             evicted += self.drop(here.key)
-        with self._kept(page.parent):
+        with self._kept(self._parent_of(page)):
             while quota and self._tenants.get(page.tenant, 0) + size_bytes > quota:
                 policy = self._tenant_policies.get(page.tenant)
                 if policy is None or not self._evict_one(policy, evicted, now_s):
@@ -116,11 +118,11 @@ class TierIndex:
     def begin(self, page: Page, size_bytes: int, place: int, now_s: float) -> Entry:
         """`page`, for which there is room, is being written to `place`."""
         assert page.id.key not in self._entries
-        entry = Entry(page, size_bytes, place, now_s, now_s + self._ttl_s)
+        entry = Entry(page, size_bytes, place, now_s, now_s + self._ttl_s, parent=self._parent_of(page))
         self._entries[entry.key] = entry
         self.used_bytes += size_bytes
         self._tenants[page.tenant] = self._tenants.get(page.tenant, 0) + size_bytes
-        self._children[page.parent] = self._children.get(page.parent, 0) + 1
+        self._children[entry.parent] = self._children.get(entry.parent, 0) + 1
         return entry
 
     def commit(self, entry: Entry) -> None:
@@ -248,6 +250,18 @@ class TierIndex:
         evicted += self.drop(key)
         return True
 
+    def _parent_of(self, page: Page) -> bytes:
+        """Empty where the page would stand below itself, as keys that collide may have it: in a circle nobody is ever a leaf."""
+        key, above = page.id.key, page.parent
+        if key not in self._children and key != above:
+            return above
+        while above != key:
+            entry = self._entries.get(above)
+            if entry is None:
+                return page.parent
+            above = entry.parent
+        return b""
+
     @contextmanager
     def _kept(self, parent: bytes) -> Iterator[None]:
         """The parent of a page that comes in is no leaf."""
@@ -260,7 +274,7 @@ class TierIndex:
     def _forget(self, entry: Entry) -> None:
         """It is not found any more; its place may still be read."""
         del self._entries[entry.key]
-        self._leave_parent(entry.page.parent)
+        self._leave_parent(entry.parent)
 
     def _release(self, entry: Entry) -> None:
         """Its place is free."""

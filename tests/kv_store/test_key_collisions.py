@@ -10,6 +10,8 @@ import pytest
 
 from engine.prefix_index import KeyChain
 from kv_store.page import Page, PageBytes, PageId
+from kv_store.policies import POLICIES, policy_of
+from kv_store.tier_index import TierIndex
 from kv_transfer.keys import chain_hashes, fingerprint_seed
 from tests.kv_store.chains import SMALL, bytes_of
 from tests.kv_store.test_tier_contract import INDEXED, OPENERS, open_bench
@@ -58,3 +60,35 @@ def test_a_tier_agrees_with_a_model_that_knows_every_token(name: str, tmp_path: 
             assert tier.used_bytes() % len(model) == 0
             assert tier.remove(list(model)) == len(model)
             assert tier.used_bytes() == 0
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_pages_that_stand_below_themselves_can_all_be_evicted(policy: str) -> None:
+    """Chains longer than there are keys, of which pages are dropped now and then: others come in below what stands below them."""
+    rng = random.Random(7)
+    circles = 0
+    with shortened_keys(BITS):
+        for _ in range(40):
+            index = TierIndex(2**BITS, policy_of(policy)(), ttl_s=1e9)
+            for page in pages_of(tuple(rng.choices(range(4), k=3 * 2**BITS))):
+                granted, _ = index.make_room(page, 1, 0.0)
+                if granted:
+                    entry = index.begin(page, 1, 0, 0.0)
+                    index.commit(entry)
+                    circles += entry.parent != page.parent
+                if rng.random() < 0.3:
+                    index.drop(rng.choice(list(index)).key)
+            index.capacity_bytes = 0
+            index.trim(0.0)
+            assert not index.used_bytes
+    assert circles
+
+
+def test_a_page_that_names_itself_as_its_parent_is_kept_and_leaves_when_room_is_needed() -> None:
+    index = TierIndex(1, policy_of("lru")(), ttl_s=1e9)
+    key = b"k" * 32
+    for page in (Page(PageId(key, 1), parent=key), Page(PageId(b"o" * 32, 2))):
+        granted, _ = index.make_room(page, 1, 0.0)
+        assert granted
+        index.commit(index.begin(page, 1, 0, 0.0))
+    assert index.get(key) is None
