@@ -133,7 +133,12 @@ class ControllerConfig(Section):
     grpc_port: int = Field(default=0, ge=0, le=65535, description="gRPC port; 0 = a free one.")
     queue_limit: int = Field(default=1024, ge=0, description="Requests waiting for a worker; more are answered 429.")
     queue_timeout_s: float = Field(default=60.0, gt=0, description="Longest wait in the queue, then 504.")
-    no_worker_grace_s: float = Field(default=3.0, ge=0, description="Wait for a worker to come back before 503.")
+    no_worker_grace_s: float = Field(
+        default=30.0,
+        ge=0,
+        description="Wait for a worker to come back before 503: longer than a restart with its back-off. The deadline of a "
+        "request ends it earlier.",
+    )
     request_timeout_s: float = Field(default=600.0, gt=0, description="Deadline of a whole request.")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="Larger bodies get 413 before parsing.")
     max_choices: int = Field(default=16, ge=1, description="Largest n, and largest number of prompts in a list.")

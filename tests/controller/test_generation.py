@@ -235,6 +235,13 @@ async def test_waiting_too_long_is_a_deadline() -> None:
         await asyncio.gather(running, return_exceptions=True)
 
 
+async def test_the_deadline_of_a_request_ends_its_wait_for_a_worker() -> None:
+    async with cluster(grace_s=30.0) as twin:
+        with pytest.raises(DeadlineExceeded):
+            await twin.collect(replace(asked(), timeout_s=0.2))
+        assert twin.service.queued == 0
+
+
 async def test_the_deadline_of_a_request_ends_it_everywhere() -> None:
     async with cluster() as twin:
         await twin.square()

@@ -20,13 +20,15 @@ PDSERVE = str(Path(sys.executable).parent / "pdserve")
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 120.0  # longer than `down` drains and kills
 # Many clusters run side by side: pools that are shares of the free memory would find none left, and a worker that gets no turn
-# for a second is not lost. One that is killed is seen by its connection.
+# for a second is not lost. One that is killed is seen by its connection, and takes as long as it takes to come back.
 SMALL_SETTINGS = (
     "store.host_bytes=33554432",
     "engine.kv_bytes=134217728",
     "worker.heartbeat_misses=20",
     "transfer.heartbeat_misses=20",
     "transfer.connect_s=30",
+    "controller.no_worker_grace_s=120",
+    "controller.queue_timeout_s=120",
 )
 SMALL = tuple(part for setting in SMALL_SETTINGS for part in ("--set", setting))
 COMMAND_S = 180.0

@@ -24,6 +24,11 @@ def test_no_file_and_no_sets_give_the_defaults() -> None:
     assert load_config(None) == ClusterConfig()
 
 
+def test_requests_wait_longer_for_a_worker_than_its_restart_is_put_off() -> None:
+    config = ClusterConfig()
+    assert config.pool.restart_backoff_max_s < config.controller.no_worker_grace_s < config.controller.queue_timeout_s
+
+
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     assert load_config(_file(tmp_path, "# nothing yet\n")) == ClusterConfig()
 
