@@ -66,7 +66,7 @@ class ControllerNode:
         desk = OperatorDesk(self._fleet, self._service, self._identity, config.worker.drain_s, clock)
         app = create_app(self._service, desk, model, config.controller, metrics, keys)
         listener = bind(config.controller.host, config.controller.port)
-        self._http = HttpServer(app, listener, config.security)
+        self._http = HttpServer(app, listener, config.security, config.controller.client_stall_s)
         self._apis = (
             InferenceApi(self._service, model.tokenizer, generate_limits(model, config.controller), self._threads),
             MembershipApi(self._fleet, controller_id, REGISTRATION_LEASE_S),

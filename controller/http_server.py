@@ -1,4 +1,8 @@
-"""Owns the HTTP server: a bound socket first, so that the port is known, then uvicorn in the running loop, without its signals."""
+"""Owns the HTTP server: a bound socket first, so that the port is known, then uvicorn in the running loop, without its signals.
+
+uvicorn waits for ever for a client that takes nothing of its answer: such connections are cut here, which the request behind
+one sees as a client that went away.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,16 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from controller.stalled_clients import StalledClients
 from pdserve.errors import ConfigInvalid
 from service_kit.config import SecurityConfig
+from service_kit.logs import get_logger
 
 BACKLOG = 2048
 GRACE_S = 2  # for answers that are being written when the server stops
+LOOKS_PER_STALL = 4  # at the connections: one is cut after 1 to 1.25 times the time
+
+log = get_logger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -42,8 +51,9 @@ class _QuietServer(uvicorn.Server):
 
 
 class HttpServer:
-    def __init__(self, app: ASGIApp, listener: socket.socket, security: SecurityConfig) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket, security: SecurityConfig, client_stall_s: float) -> None:
         self._listener = listener
+        self._client_stall_s = client_stall_s
         self._server = _QuietServer(
             uvicorn.Config(
                 app,
@@ -65,7 +75,20 @@ class HttpServer:
 
     async def serve(self) -> None:
         """Until `stop`."""
-        await self._server.serve(sockets=[self._listener])
+        async with asyncio.TaskGroup() as group:
+            cutting = group.create_task(self._cut_stalled(), name="controller-http-stalls")
+            await self._server.serve(sockets=[self._listener])
+            cutting.cancel()
+
+    async def _cut_stalled(self) -> None:
+        loop, clients = asyncio.get_running_loop(), StalledClients[asyncio.Transport](self._client_stall_s)
+        while True:
+            await asyncio.sleep(self._client_stall_s / LOOKS_PER_STALL)
+            transports = [connection.transport for connection in self._server.server_state.connections]
+            buffered = {transport: transport.get_write_buffer_size() for transport in transports}
+            for transport in clients.look(buffered, loop.time()):
+                log.warning("client_stalled", buffered_bytes=buffered[transport])
+                transport.abort()  # to close it would wait for the client
 
     async def started(self) -> None:
         """The caller puts it under a deadline."""

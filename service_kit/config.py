@@ -145,6 +145,11 @@ class ControllerConfig(Section):
     placement: str = Field(default="least-loaded", description="Placement policy, by registered name.")
     max_attempts: int = Field(default=5, ge=1, description="Dispatches of one request before it fails.")
     decisions_kept: int = Field(default=1000, ge=1, description="Routing decisions and timelines kept for explain.")
+    client_stall_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Cut a client that takes nothing of its answer for so long; its request is cancelled.",
+    )
     sse_keepalive_s: float = Field(default=10.0, gt=0, description="SSE comment while no token comes.")
     tokenizer_threads: int = Field(default=2, ge=1, description="Threads that tokenise prompts.")
     kv_blend: bool = Field(

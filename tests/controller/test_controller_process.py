@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -116,6 +117,19 @@ async def test_sigterm_lets_running_streams_end_and_refuses_new_ones(model_dir: 
             answer = await streaming
         assert answer.json()["usage"]["completion_tokens"] == 200
         assert await asyncio.to_thread(controller.process.wait, DEADLINE_S) == 0
+
+
+async def test_a_stream_that_nobody_reads_is_cut_and_cancelled_at_its_worker(model_dir: Path) -> None:
+    body = {"prompt": "def", "max_tokens": 4000, "n": 8, "logprobs": 1, "ignore_eos": True, "stream": True}
+    payload = json.dumps(body).encode()
+    async with running(model_dir, "controller.client_stall_s=0.5") as controller, with_worker(controller) as worker:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", httpx.URL(controller.api_url).port or 0))
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+            connection.sendall(b"content-length: %d\r\n\r\n" % len(payload) + payload)
+            await until(lambda: bool(worker.cancelled), "cancelled at the worker")
+            assert not worker.runs
 
 
 def _refuses(controller: Controller) -> bool:

@@ -1,4 +1,4 @@
-"""Owns a real HTTP server of the tests: uvicorn in a thread, on a free port, over the twins."""
+"""Owns a real HTTP server of the tests: the controller's, in a thread, on a free port, over the twins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import uvicorn
+import uvloop
 
 from controller.http_api.app import create_app
+from controller.http_server import HttpServer, bind
 from controller.operations import ModelInfo
 from service_kit.api_keys import ApiKeys
-from service_kit.config import ControllerConfig
+from service_kit.config import ControllerConfig, SecurityConfig
 from service_kit.metrics import Metrics
 from tests.controller.http_api.twins import GeneratorTwin, OperationsTwin
 from tests.tokenization.fixtures import byte_level_backend, write_model_dir
@@ -25,6 +26,8 @@ from tokenization.tokenizer import Tokenizer
 CONTEXT_TOKENS = 256
 MAX_BODY_BYTES = 64 * 1024
 KEEPALIVE_S = 0.2
+CLIENT_STALL_S = 1.0
+SEND_BUFFER_BYTES = 2**16  # of the kernel, so that little output fills it
 STOP_TIMEOUT_S = 30.0
 
 
@@ -61,15 +64,15 @@ def serve(
         max_body_bytes=MAX_BODY_BYTES, sse_keepalive_s=KEEPALIVE_S, max_choices=4, kv_blend=kv_blend
     )
     app = create_app(generator, operations, model, config, Metrics("tiny"), api_keys)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        server = uvicorn.Server(uvicorn.Config(app, loop="uvloop", http="httptools", log_config=None, access_log=False))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    with bind("127.0.0.1", 0) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        listener.listen(64)  # clients may connect before the server has started
+        server = HttpServer(app, listener, SecurityConfig(), CLIENT_STALL_S)
+        thread = threading.Thread(target=lambda: uvloop.run(server.serve()), daemon=True)
         thread.start()
         try:
             yield ApiServer(listener.getsockname()[1], generator, operations, model.tokenizer)
         finally:
-            server.should_exit = True
+            server.stop()
             thread.join(STOP_TIMEOUT_S)
             assert not thread.is_alive(), "the server did not stop"

@@ -183,6 +183,29 @@ def test_a_client_that_disconnects_ends_the_generator_at_once(api: ApiServer, ha
     assert api.generator.live == set()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_reads_nothing_is_cut_and_its_request_ends(
+    api: ApiServer, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    """What it is sent is more than lies between the two; a stream's generator never ends by itself."""
+    api.generator.script.hang_after = 220 if stream else None
+    asked = {**CHAT, "n": 4, "max_tokens": 240, "logprobs": True, "top_logprobs": 20, "stream": stream}
+    payload = json.dumps(asked).encode()
+    with socket.socket() as connection:
+        connection.settimeout(DEADLINE_S)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", api.port))
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n" % len(payload) + payload
+        )
+        _wait(lambda: "client_stalled" in caplog.messages)
+        _wait(lambda: len(api.generator.closed) == 1)
+        assert api.generator.live == set()
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert not answer.endswith((b"0\r\n\r\n", b"}")), "nothing was kept back"
+
+
 def test_two_live_requests_may_carry_one_id(api: ApiServer, client: httpx.Client) -> None:
     api.generator.script.hang_after = 1
     body, headers = {"prompt": "x", "stream": True}, {"x-request-id": "same"}
