@@ -62,10 +62,6 @@ class WaitingQueue(Generic[Item]):
         return len(self._entries)
 
     @property
-    def new_requests(self) -> int:
-        return self._new
-
-    @property
     def over_limit(self) -> bool:
         return self._new > self._limits.queue_limit
 

@@ -38,18 +38,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """load_pages: k*. load_s, compute_s: predicted for loading them and for computing the rest. all_compute_s: without loading."""
+    """load_pages: k*. load_s, compute_s: predicted for loading them and for computing the rest."""
 
     load_pages: int
     load_s: float
     compute_s: float
-    all_compute_s: float
 
 
 def best_split(runs: Sequence[Run], missing_pages: int, speeds: dict[str, Speed], compute_page_s: float) -> Split:
     """The split of `missing_pages` pages, the first of which lie in `runs`, that takes the least time."""
-    everything_s = missing_pages * compute_page_s
-    best = Split(0, 0.0, everything_s, everything_s)
+    best = Split(0, 0.0, missing_pages * compute_page_s)
     load_s, pages = 0.0, 0
     for run in runs:
         speed = speeds[run.tier]
@@ -57,5 +55,5 @@ def best_split(runs: Sequence[Run], missing_pages: int, speeds: dict[str, Speed]
         pages += run.pages
         compute_s = (missing_pages - pages) * compute_page_s
         if load_s + compute_s < best.load_s + best.compute_s:
-            best = Split(pages, load_s, compute_s, everything_s)
+            best = Split(pages, load_s, compute_s)
     return best

@@ -94,10 +94,6 @@ class Overloaded(PdserveError):
     retryable = True
 
 
-class RateLimited(Overloaded):
-    reason = "rate_limit"
-
-
 class Unavailable(PdserveError):
     reason = "unavailable"
     grpc_status = grpc.StatusCode.UNAVAILABLE

@@ -45,8 +45,3 @@ class FrameReader:
             start = end
         del pending[:start]
         return frames
-
-    @property
-    def incomplete(self) -> bool:
-        """True if the stream ended here in the middle of a frame."""
-        return bool(self._pending)

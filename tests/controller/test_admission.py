@@ -115,6 +115,6 @@ def test_order_is_total_and_nothing_is_lost(rows: list[tuple[int, bool]]) -> Non
     found = list(queue.candidates())
     assert sorted(each.item for each in found) == sorted(each.item for each in entries)
     assert [each.order for each in found] == sorted(each.order for each in found)
-    assert queue.new_requests == sum(not retry for _, retry in rows)
+    assert queue.over_limit == (sum(not retry for _, retry in rows) > LIMITS.queue_limit)
     assert all(queue.leave(each) for each in found)
-    assert (len(queue), queue.new_requests) == (0, 0)
+    assert (len(queue), queue.over_limit) == (0, False)

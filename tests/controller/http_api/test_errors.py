@@ -174,7 +174,6 @@ def test_an_unknown_model_is_a_404(client: httpx.Client, path: str) -> None:
     [
         (errors.PermissionRefused("not yours"), 403, "permission_error"),
         (errors.Overloaded("full", retry_after_s=2.5), 429, "overloaded"),
-        (errors.RateLimited("quota"), 429, "rate_limit"),
         (errors.NoDecodeWorkers("none"), 503, "no_decode_workers"),
         (errors.NoPrefillWorkers("none"), 503, "no_prefill_workers"),
         (errors.WorkerLost("gone"), 503, "worker_lost"),
