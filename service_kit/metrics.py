@@ -5,7 +5,7 @@ A family with an alias is observed once and exposed under both names. Labels are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
@@ -70,22 +70,40 @@ class FleetLoad:
     ready_workers: Mapping[Literal["prefill", "decode"], int]
 
 
+@dataclass(frozen=True, slots=True)
+class FamilyNote:
+    """What is said of a family in the docs. Names as in queries; a histogram's also end in _bucket, _sum and _count."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    text: str
+    alias: str  # vLLM's name; empty = none
+
+
 class _Families:
-    """Makes families in one registry; keeps which of them have an alias."""
+    """Makes families in one registry; keeps which of them have an alias, and what the docs say of each."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self.aliases: list[tuple[Family, str, str]] = []
+        self.notes: list[FamilyNote] = []
 
-    def counter(self, name: str, text: str, labels: Iterable[str] = (), alias: str = "") -> Counter:
+    def counter(self, name: str, text: str, labels: Sequence[str] = (), alias: str = "") -> Counter:
+        total = f"vllm:{alias}_total" if alias else ""
+        self.notes.append(FamilyNote(f"pdserve_{name}_total", "counter", tuple(labels), text, total))
         return self._aliased(Counter(f"pdserve_{name}", text, labels, registry=self._registry), name, alias)
 
-    def gauge(self, name: str, text: str, labels: Iterable[str] = (), alias: str = "") -> Gauge:
+    def gauge(self, name: str, text: str, labels: Sequence[str] = (), alias: str = "") -> Gauge:
+        theirs = f"vllm:{alias}" if alias else ""
+        self.notes.append(FamilyNote(f"pdserve_{name}", "gauge", tuple(labels), text, theirs))
         return self._aliased(Gauge(f"pdserve_{name}", text, labels, registry=self._registry), name, alias)
 
     def histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], labels: Iterable[str] = (), alias: str = ""
+        self, name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = (), alias: str = ""
     ) -> Histogram:
+        theirs = f"vllm:{alias}" if alias else ""
+        self.notes.append(FamilyNote(f"pdserve_{name}", "histogram", tuple(labels), text, theirs))
         made = Histogram(f"pdserve_{name}", text, labels, registry=self._registry, buckets=buckets)
         return self._aliased(made, name, alias)
 
@@ -339,6 +357,7 @@ class Metrics:
         self.tiers = TierMetrics(make)
         self._lag = make.histogram("event_loop_lag_seconds", "How late the event loop runs.", LAG_BUCKETS)
         self.registry.register(_AliasCollector(make.aliases, model_name))
+        self.families = tuple(make.notes)
 
     def event_loop_lag(self, lag_s: float) -> None:
         self._lag.observe(max(lag_s, 0.0))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fails if a generated file differs from what its generator writes now: protobuf stubs, docs/config.md.
+# Fails if a generated file differs from what its generator writes now: protobuf stubs, docs/config.md, docs/metrics.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -11,4 +11,6 @@ for file in "$out"/pdserve/v1/*; do
 done
 "$python" -m service_kit.config_docs > "$out/config.md"
 cmp "$out/config.md" docs/config.md || { echo "docs/config.md is stale: python -m service_kit.config_docs > docs/config.md" >&2; exit 1; }
+"$python" -m service_kit.metric_docs > "$out/metrics.md"
+cmp "$out/metrics.md" docs/metrics.md || { echo "docs/metrics.md is stale: python -m service_kit.metric_docs > docs/metrics.md" >&2; exit 1; }
 echo "generated files are current"
