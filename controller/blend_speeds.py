@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence, Set
 from controller.blend_ratio import BlendCost
 from controller.kv_blend import KvBlend, keys_of
 from controller.kv_holdings import DEVICE_TIER
+from controller.kv_prices import MICROSECONDS, unit_seconds
 from controller.worker_record import WorkerRecord
-from kv_transfer.keys import HASH_UNIT_TOKENS, TOKEN_BYTES
-from pdserve.v1 import worker_pb2
-
-MICROSECONDS = 1e-6
+from kv_transfer.keys import TOKEN_BYTES
 
 
 def cost_of(asked: KvBlend, token_ids: bytes, cache_salt: str, record: WorkerRecord) -> BlendCost:
     """token_ids: of the prompt, int32. record: of the worker that will compute it."""
     keys = keys_of(asked.chunks, token_ids, record.info.identity.digest, cache_salt)
-    unit_s = _unit_seconds(record.load.tiers, record.view().block_tokens)
+    unit_s = unit_seconds(record.load.tiers, record.view().block_tokens)
     return BlendCost(
         prompt_tokens=len(token_ids) // TOKEN_BYTES,
         chunk_tokens=sum(chunk.end - chunk.start for chunk in asked.chunks),
@@ -25,12 +23,6 @@ def cost_of(asked: KvBlend, token_ids: bytes, cache_salt: str, record: WorkerRec
         token_s=record.load.prefill_token_us * MICROSECONDS,
         load_s=sum(_load_s(record.holdings.tiers_of_units(each), unit_s) for each in keys),
     )
-
-
-def _unit_seconds(tiers: Sequence[worker_pb2.TierReport], block_tokens: int) -> dict[str, float]:
-    """Of reading a hash unit from each tier, nearest first; 0 where nothing was read yet."""
-    share = HASH_UNIT_TOKENS / block_tokens
-    return {tier.tier: share * tier.read_s / tier.read_pages if tier.read_pages else 0.0 for tier in tiers}
 
 
 def _load_s(units: Sequence[Set[str]], unit_s: Mapping[str, float]) -> float:

@@ -10,6 +10,7 @@ from typing import Protocol
 import grpc
 
 from controller import membership
+from controller.chunk_reuse import BlendDemand, chunk_reuse
 from controller.kv_sources import best_source
 from controller.membership import ConnectionLost, DeclareLost, Dial, Heard, Limits
 from controller.pending_commands import PendingCommands
@@ -84,7 +85,14 @@ class Fleet:
 
     def reuse(self, block_hashes: bytes) -> dict[str, Reuse]:
         """What each worker holds of a prompt; those that hold nothing are left out."""
-        found = ((record.worker_id, record.holdings.reuse(block_hashes)) for record in self._records.values())
+        records = self._records.values()
+        found = ((record.worker_id, record.holdings.reuse(block_hashes, record.prices())) for record in records)
+        return {worker_id: reuse for worker_id, reuse in found if reuse != NO_REUSE}
+
+    def chunk_reuse(self, demand: BlendDemand) -> dict[str, Reuse]:
+        """The same for the chunks of a blended prompt."""
+        records = self._records.values()
+        found = ((record.worker_id, chunk_reuse(demand, record.holdings, record.prices())) for record in records)
         return {worker_id: reuse for worker_id, reuse in found if reuse != NO_REUSE}
 
     def kv_source(self, puller: str, block_hashes: bytes) -> worker_pb2.KvSource | None:
@@ -105,6 +113,13 @@ class Fleet:
     def identity(self) -> bytes:
         """KV identity of the workers; empty while there is none."""
         return next((view.identity for view in self.snapshot().workers if view.ready), b"")
+
+    def layers(self) -> int:
+        """Of the workers' model; 0 while there is none."""
+        counts = (
+            sum(group.layer_count for group in each.info.layout) for each in self._records.values() if each.view().ready
+        )
+        return next(counts, 0)
 
     def send(self, worker_id: str, request: worker_pb2.SessionRequest) -> None:
         """To a worker that is gone, nothing is sent: `lost` has said so, or is about to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 
+from controller.kv_prices import NOTHING_MEASURED, KvPrices
 from controller.placement.snapshot import Reuse
 from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS
 from pdserve.v1 import worker_pb2
@@ -33,24 +34,42 @@ class KvHoldings:
         """Hash units per tier."""
         return {tier: count for tier, count in self._units.items() if count}
 
-    def reuse(self, block_hashes: bytes) -> Reuse:
-        """How much of a prompt with these keys lies here. Found by bisection: chains are evicted from their end, so a hole, which
-        would make this wrong, is rare; and placement survives a wrong guess."""
+    def reuse(self, block_hashes: bytes, prices: KvPrices = NOTHING_MEASURED) -> Reuse:
+        """How much of a prompt with these keys lies here, each part taken from the nearest tier. Found by bisection: chains are
+        evicted from their end, so a hole, which would make this wrong, is rare; and placement survives a wrong guess."""
         count = len(block_hashes) // HASH_BYTES
-        on_device = self._reach(block_hashes, 0, count, device=True)
-        anywhere = self._reach(block_hashes, on_device, count, device=False)
-        return Reuse(on_device * HASH_UNIT_TOKENS, (anywhere - on_device) * HASH_UNIT_TOKENS)
+        held = on_device = self._reach(block_hashes, 0, count, DEVICE_TIER)
+        anywhere = self._reach(block_hashes, held, count, "")
+        load = 0.0
+        for tier in prices.tiers if anywhere > held else ():
+            reach = self._reach(block_hashes, held, anywhere, tier)
+            load += (reach - held) * prices.of_tier(tier)
+            held = reach
+        load += (anywhere - held) * prices.of_tier("")
+        return Reuse(on_device * HASH_UNIT_TOKENS, (anywhere - on_device) * HASH_UNIT_TOKENS, load * HASH_UNIT_TOKENS)
+
+    def below_device(self, block_hashes: bytes) -> list[Set[str]] | None:
+        """For each of these units that is not on the device the tiers that have it; None where one is nowhere."""
+        below: list[Set[str]] = []
+        for key in _keys(block_hashes):
+            tiers = self._tiers.get(key)
+            if not tiers:
+                return None
+            if DEVICE_TIER not in tiers:
+                below.append(tiers)
+        return below
 
     def tiers_of_units(self, block_hashes: bytes) -> list[Set[str]]:
         """For each unit of a prompt the tiers that have it, looked up one by one: for operators."""
         return [self._tiers.get(key, frozenset()) for key in _keys(block_hashes)]
 
-    def _reach(self, block_hashes: bytes, held: int, count: int, *, device: bool) -> int:
+    def _reach(self, block_hashes: bytes, held: int, count: int, tier: str) -> int:
+        """tier: empty for any."""
         low, high = held, count  # units before `low` are held, the one at `high` is not
         while low < high:
             middle = (low + high) // 2
             tiers = self._tiers.get(block_hashes[middle * HASH_BYTES : (middle + 1) * HASH_BYTES], ())
-            if DEVICE_TIER in tiers if device else tiers:
+            if tier in tiers if tier else tiers:
                 low = middle + 1
             else:
                 high = middle

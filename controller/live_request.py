@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from controller.blend_ratio import RatioChoice
 from controller.choice_output import ChoiceOutput, Vocabulary
+from controller.kv_blend import keys_of
 from controller.lifecycle import (
     FINAL,
     Accept,
@@ -75,6 +76,7 @@ class LiveRequest:
         self._prompt_logprobs: tuple[Logprobs, ...] | None = None
         self._last_attempt = 0
         self._hashes: tuple[bytes, bytes] = (b"", b"")  # identity, keys of the prompt's units
+        self._chunk_keys: tuple[bytes, list[bytes]] = (b"", [])  # identity, keys of each chunk
         self._open = request.n
         timeline.refresh = self.refresh_timeline
 
@@ -192,6 +194,14 @@ class LiveRequest:
         if len(token_ids) - covered < HASH_UNIT_TOKENS * TOKEN_BYTES:
             return keys
         return keys + chain_hashes(keys[-HASH_BYTES:] or root, token_ids[covered:])
+
+    def chunk_keys(self, identity: bytes) -> list[bytes]:
+        """Keys of the units of each chunk of a prompt that is blended; computed once."""
+        assert self.kv_blend is not None
+        if self._chunk_keys[0] != identity:
+            request = self.request
+            self._chunk_keys = identity, keys_of(self.kv_blend.chunks, request.token_ids, identity, request.cache_salt)
+        return self._chunk_keys[1]
 
     def groups(self, choices: Iterable[int]) -> list[tuple[int, ...]]:
         """`choices` with equal accepted tokens together: they can share one dispatch."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
+from types import MappingProxyType
+from typing import NamedTuple
 
 from controller.admission import Waiting, WaitingQueue, note_shortage
+from controller.chunk_reuse import blend_demand
 from controller.dispatch import Group
 from controller.fleet import Fleet
 from controller.live_request import LiveRequest
@@ -14,7 +17,7 @@ from controller.placement.decision import Pick
 from controller.placement.explain import Placed
 from controller.placement.place import Outcome, place
 from controller.placement.policies import Policy
-from controller.placement.snapshot import Demand, FleetSnapshot, Reuse
+from controller.placement.snapshot import Demand, FleetSnapshot, Reuse, Reused
 from controller.request_metrics import RequestObserver
 from controller.timeline import OpenStage
 from pdserve.errors import PdserveError, PromptTooLong
@@ -34,6 +37,14 @@ class Placing:
 
     dispatch: Callable[[Waiting[Group], Pick, int], None]  # with the attempt's number
     fail: Callable[[LiveRequest, PdserveError], None]
+
+
+class _Reusable(NamedTuple):
+    """The fields of Demand that say what of a prompt need not be computed."""
+
+    reuse: Mapping[str, Reuse] = MappingProxyType({})
+    reused: Reused = "prefix"
+    recomputed_tokens: int = 0
 
 
 class WaitingRoom:
@@ -127,6 +138,7 @@ class WaitingRoom:
     def _demand(self, entry: Waiting[Group]) -> Demand:
         live, choices = entry.item.live, entry.item.choices
         request = live.request
+        reuse, reused, recomputed = self._reuse(live, choices[0])
         return Demand(
             tokens=request.prompt_tokens + len(live.outputs[choices[0]].token_ids),
             limit_tokens=request.prompt_tokens + request.sampling.max_tokens,
@@ -136,14 +148,22 @@ class WaitingRoom:
             refused_now=frozenset(entry.refused_now),
             bad_pairs=frozenset(live.bad_pairs),
             suspect=live.deaths > 0,
-            reuse=self._reuse(live, choices[0]),
+            reuse=reuse,
+            reused=reused,
+            recomputed_tokens=recomputed,
         )
 
-    def _reuse(self, live: LiveRequest, choice: int) -> dict[str, Reuse]:
+    def _reuse(self, live: LiveRequest, choice: int) -> _Reusable:
         identity = self._fleet.identity()
         if not identity or live.lacks_prompt_logprobs:
-            return {}  # what is computed for the log-probabilities of its prompt is not taken from anywhere
-        return self._fleet.reuse(live.block_hashes(identity, live.token_ids(choice)))
+            return _Reusable()  # what is computed for the log-probabilities of its prompt is not taken from anywhere
+        if live.kv_blend is None:
+            return _Reusable(self._fleet.reuse(live.block_hashes(identity, live.token_ids(choice))))
+        keys, layers = live.chunk_keys(identity), self._fleet.layers()
+        wanted = blend_demand(live.kv_blend, keys, live.request.prompt_tokens, max(1, layers))
+        if wanted is None:
+            return _Reusable()  # engines compute it whole
+        return _Reusable(self._fleet.chunk_reuse(wanted), "chunks", wanted.recomputed_tokens)
 
     def _close_stage(self, entry: Waiting[Group], attempt: int, now: float) -> None:
         entries = self._stages.get(entry.item.live, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controller.kv_holdings import KvHoldings
+from controller.kv_prices import KvPrices, prices_of
 from controller.membership import Member
 from controller.operations import KvEndpointStatus, RoleName, WorkerStatus
 from controller.placement.snapshot import WorkerView
@@ -42,6 +43,7 @@ class WorkerRecord:
         self._unreported_blocks = 0
         self._suspects = 0
         self._view: WorkerView | None = None
+        self._prices: tuple[worker_pb2.LoadReport, KvPrices] | None = None  # of that report
 
     def introduce(self, info: membership_pb2.WorkerInfo) -> None:
         """A new incarnation, or news of this one."""
@@ -99,6 +101,12 @@ class WorkerRecord:
         if self._view is None:
             self._view = self._made_view()
         return self._view
+
+    def prices(self) -> KvPrices:
+        """By its last report."""
+        if self._prices is None or self._prices[0] is not self.load:
+            self._prices = self.load, prices_of(self.load, self.view().block_tokens)
+        return self._prices[1]
 
     def _made_view(self) -> WorkerView:
         load, info = self.load, self.info

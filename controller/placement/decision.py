@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from controller.placement.snapshot import Reused
+
 CandidateKind = Literal["split", "local", "last_resort"]
 
 
@@ -22,6 +24,7 @@ class Pick:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A way to serve the dispatch. Either `refusal` is empty and the terms add up to `score` (less is better), or it says why not.
+    device_tokens, stored_tokens: held where the prompt would be computed, on the device and in the tiers.
 
     One side alone is recorded where it was refused before pairs were formed: the other worker's name is empty then.
     """
@@ -34,6 +37,8 @@ class Candidate:
     terms: Mapping[str, float]
     refusal: str
     message: str
+    device_tokens: int = 0
+    stored_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +52,5 @@ class Decision:
     picked: Pick | None
     candidates: tuple[Candidate, ...]
     candidates_left_out: int
+    reused: Reused = "prefix"  # what the candidates hold tokens of
+    recomputed_tokens: int = 0  # of chunks, wherever they are held

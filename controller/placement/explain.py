@@ -47,6 +47,8 @@ class Placed:
             picked=self.outcome.pick,
             candidates=tuple(found[:CANDIDATES_LISTED]),
             candidates_left_out=max(0, len(found) - CANDIDATES_LISTED),
+            reused=self.demand.reused,
+            recomputed_tokens=self.demand.recomputed_tokens,
         )
 
     def _candidates(self) -> Iterator[Candidate]:
@@ -63,9 +65,23 @@ class Placed:
 
     def _scored(self, scored: Scored) -> Candidate:
         transport = common_transport(scored.prefill, scored.decode, self.demand) if scored.kind == "split" else ""
-        terms = self._terms(scored.prefill, scored.decode)
+        return self._possible(scored.kind, scored.prefill, scored.decode, transport, scored.score)
+
+    def _possible(
+        self, kind: CandidateKind, prefill: WorkerView, decode: WorkerView, transport: str, score: float
+    ) -> Candidate:
+        held = self.demand.reuse_at(prefill)
         return Candidate(
-            scored.kind, scored.prefill.worker_id, scored.decode.worker_id, transport, scored.score, terms, "", ""
+            kind=kind,
+            prefill_worker=prefill.worker_id,
+            decode_worker=decode.worker_id,
+            transport=transport,
+            score=score,
+            terms=self._terms(prefill, decode),
+            refusal="",
+            message="",
+            device_tokens=held.device_tokens,
+            stored_tokens=held.stored_tokens,
         )
 
     def _terms(self, prefill: WorkerView, decode: WorkerView) -> Mapping[str, float]:
@@ -101,8 +117,7 @@ class Placed:
         refusal = alone_refusal(view, self.demand)
         if refusal:
             return self._refused("last_resort", view.worker_id, view.worker_id, refusal, view)
-        terms = self._terms(view, view)
-        return Candidate("last_resort", view.worker_id, view.worker_id, "", sum(terms.values()), terms, "", "")
+        return self._possible("last_resort", view, view, "", sum(self._terms(view, view).values()))
 
     def _refused(
         self, kind: CandidateKind, prefill_worker: str, decode_worker: str, reason: str, view: WorkerView

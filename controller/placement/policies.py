@@ -12,8 +12,6 @@ Terms = tuple[float, ...]
 # A hand-off costs about this part of a prefill step, and a little per token; measured against transfers on one host.
 HAND_OFF_STEPS = 0.02
 HAND_OFF_STEPS_PER_TOKEN = 1e-5
-# Loading a token's KV from a tier is taken to cost this part of computing it. The worker decides by its own measured speeds.
-LOAD_SHARE = 0.1
 
 
 class Policy(Protocol):
@@ -33,8 +31,8 @@ class Policy(Protocol):
 class LeastLoaded:
     """Join the shortest queue (Splitwise, ISCA'24, section 4), in units of engine steps.
 
-    Prefill side: steps of prompt work before this prompt, for what of it is computed, and for what is loaded from a tier. Decode
-    side: share of the batch and of the KV pool in use.
+    Prefill side: steps of prompt work before this prompt, for what of it is computed, and steps that could be made while the rest is
+    loaded, by speeds that the worker has measured. Decode side: share of the batch and of the KV pool in use.
     Jointly: a hand-off, or, on one worker, what the prompt's steps cost the sequences that decode there.
     """
 
@@ -46,7 +44,7 @@ class LeastLoaded:
         return (
             view.pending_prefill_tokens / view.token_budget,
             _computed(view, demand) / view.token_budget,
-            demand.reuse_at(view).stored_tokens * LOAD_SHARE / view.token_budget,
+            demand.reuse_at(view).load_cost_tokens / view.token_budget,
         )
 
     def decode_terms(self, view: WorkerView, demand: Demand) -> Terms:
@@ -54,7 +52,8 @@ class LeastLoaded:
 
     def joint_terms(self, prefill: WorkerView, decode: WorkerView, demand: Demand) -> Terms:
         if prefill is not decode:
-            moved = demand.tokens - demand.reuse_at(decode).device_tokens
+            there = demand.reuse_at(decode).device_tokens if demand.reused == "prefix" else 0
+            moved = demand.tokens - there
             return HAND_OFF_STEPS + moved * HAND_OFF_STEPS_PER_TOKEN, 0.0
         return 0.0, _computed(decode, demand) / decode.token_budget * min(decode.sequences, 8)
 
@@ -62,7 +61,7 @@ class LeastLoaded:
 def _computed(view: WorkerView, demand: Demand) -> int:
     """Tokens that this worker would have to compute: the last one always, its logits are needed."""
     reuse = demand.reuse_at(view)
-    return max(1, demand.tokens - reuse.device_tokens - reuse.stored_tokens)
+    return max(1, demand.tokens + demand.recomputed_tokens - reuse.device_tokens - reuse.stored_tokens)
 
 
 POLICIES: dict[str, Policy] = {"least-loaded": LeastLoaded()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from controller.request import Route
 
@@ -38,18 +39,25 @@ class FleetSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """Tokens of one prompt whose KV a worker holds: on the device, and beyond that in its tiers."""
+    """Tokens of one prompt whose KV a worker holds: on the device, and beyond that in its tiers. load_cost_tokens: loading those takes
+    as long as computing so many there."""
 
     device_tokens: int = 0
     stored_tokens: int = 0
+    load_cost_tokens: float = 0.0
 
 
 NO_REUSE = Reuse()
+Reused = Literal["prefix", "chunks"]
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one dispatch needs. `tokens` are prompt and accepted output, `limit_tokens` the longest it can become."""
+    """What one dispatch needs. `tokens` are prompt and accepted output, `limit_tokens` the longest it can become.
+
+    reused: what `reuse` counts. "chunks": their KV is blended, which a worker does for `recomputed_tokens` of them although it holds
+    them; the result is sent whole.
+    """
 
     tokens: int
     limit_tokens: int
@@ -60,6 +68,8 @@ class Demand:
     bad_pairs: frozenset[tuple[str, str]] = frozenset()  # (prefill, decode) that could not hand over
     suspect: bool = False  # a worker died with its prompt: it is kept apart from others of that kind
     reuse: Mapping[str, Reuse] = field(default_factory=dict)  # by worker; those that hold nothing of it are left out
+    reused: Reused = "prefix"
+    recomputed_tokens: int = 0
 
     def reuse_at(self, view: WorkerView) -> Reuse:
         return self.reuse.get(view.worker_id, NO_REUSE)

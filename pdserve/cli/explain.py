@@ -11,6 +11,7 @@ from pdserve.cli.terminal import Terminal, seconds, size
 from pdserve.errors import NotFound
 
 LATEST = "latest"
+_HELD = {"device_tokens": "ON DEVICE", "stored_tokens": "IN TIERS"}  # tokens that a candidate holds, and their column
 
 
 def add(commands: Commands) -> None:
@@ -82,10 +83,16 @@ def _decision(decision: Record, terminal: Terminal) -> None:
                 _pair(one),
                 f"{one.number('score'):.6g}",
                 *(f"{one.numbers('terms').get(name, 0.0):.6g}" for name in terms),
+                *(str(one.integer(name)) for name in _HELD),
             )
             for one in scored
         ]
-        terminal.table(("CANDIDATE", "SCORE", *(name.upper() for name in terms)), rows)
+        terminal.table(("CANDIDATE", "SCORE", *(name.upper() for name in terms), *_HELD.values()), rows)
+        if decision.text("reused") == "chunks":
+            terminal.say(
+                "the tokens that a candidate holds are of the prompt's chunks, which are blended: "
+                f"work as for {decision.integer('recomputed_tokens')} of those is done anew wherever they lie"
+            )
     for one in candidates:
         if not one.has("score"):
             terminal.say(f"refused {_pair(one)}: {one.text('refusal')} ({one.text('message')})")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.kv_holdings import KvHoldings
+from controller.kv_prices import GUESSED_SHARE, KvPrices
 from controller.placement.snapshot import NO_REUSE, Reuse
 from kv_transfer.keys import chain_hashes
 from pdserve.v1 import worker_pb2
@@ -40,7 +42,7 @@ def test_a_prompt_is_on_the_device_first_and_in_any_tier_after_that() -> None:
     holdings = told(
         (STORED, KEYS[: 3 * 32], "device"), (STORED, KEYS[: 5 * 32], "host"), (STORED, KEYS[5 * 32 : 7 * 32], "disk")
     )
-    assert holdings.reuse(KEYS) == Reuse(device_tokens=48, stored_tokens=64)
+    assert holdings.reuse(KEYS) == Reuse(device_tokens=48, stored_tokens=64, load_cost_tokens=64 * GUESSED_SHARE)
     assert holdings.reuse(chain_hashes(b"other", bytes(4 * 16 * 3))) == NO_REUSE
     assert holdings.units() == {"device": 3, "host": 5, "disk": 2}
 
@@ -67,7 +69,18 @@ def test_any_events_leave_what_a_set_would_hold(events: list[tuple[int, int, str
 def test_the_length_of_a_held_prefix_is_found(device: int, anywhere: int) -> None:
     anywhere = max(device, anywhere)
     holdings = told((STORED, KEYS[: device * 32], "device"), (STORED, KEYS[: anywhere * 32], "disk"))
-    assert holdings.reuse(KEYS) == Reuse(device * 16, (anywhere - device) * 16)
+    stored = (anywhere - device) * 16
+    assert holdings.reuse(KEYS) == Reuse(device * 16, stored, stored * GUESSED_SHARE)
+
+
+def test_each_part_of_a_prompt_is_loaded_from_the_nearest_tier_at_the_price_of_that_tier() -> None:
+    holdings = told(
+        (STORED, KEYS[: 2 * 32], "device"), (STORED, KEYS[: 5 * 32], "host"), (STORED, KEYS[: 9 * 32], "disk"),
+        (STORED, KEYS[: 10 * 32], "tape"),
+    )  # fmt: skip
+    reuse = holdings.reuse(KEYS, KvPrices({"host": 0.01, "disk": 0.5}))
+    assert (reuse.device_tokens, reuse.stored_tokens) == (32, 8 * 16)
+    assert reuse.load_cost_tokens == pytest.approx(16 * (3 * 0.01 + 4 * 0.5 + GUESSED_SHARE))
 
 
 def test_the_worker_that_holds_the_prompt_is_preferred_until_its_queue_is_longer() -> None:
@@ -78,13 +91,32 @@ def test_the_worker_that_holds_the_prompt_is_preferred_until_its_queue_is_longer
 
 
 def test_a_device_beats_a_tier_and_a_tier_beats_computing() -> None:
-    reuse = {"p0": Reuse(stored_tokens=900), "p1": Reuse(device_tokens=900)}
+    reuse = {"p0": Reuse(stored_tokens=900, load_cost_tokens=90.0), "p1": Reuse(device_tokens=900)}
     demand = replace(DEMAND, tokens=1000, limit_tokens=1100, reuse=reuse)
     assert names(placed(worker("p0"), worker("p1"), worker("d0"), demand=demand))[1] == "p1"
     assert names(placed(worker("p0"), worker("p2"), worker("d0"), demand=demand))[1] == "p0"
     decision = explained(worker("p0"), worker("p2"), worker("d0"), demand=demand)
     assert decision.candidates[0].terms["load"] > 0
     assert decision.candidates[0].terms["prefill"] < decision.candidates[1].terms["prefill"]
+
+
+def test_a_tier_that_was_measured_to_be_slow_counts_for_less_than_a_fast_one() -> None:
+    reuse = {
+        "p0": Reuse(stored_tokens=900, load_cost_tokens=800.0),
+        "p1": Reuse(stored_tokens=600, load_cost_tokens=6.0),
+    }
+    demand = replace(DEMAND, tokens=1000, limit_tokens=1100, reuse=reuse)
+    assert names(placed(worker("p0"), worker("p1"), worker("d0"), demand=demand))[1] == "p1"
+
+
+def test_a_decode_worker_that_holds_chunks_of_a_blended_prompt_receives_all_of_it() -> None:
+    demand = replace(DEMAND, tokens=1400, limit_tokens=1500, reuse={"d1": Reuse(device_tokens=1300)}, reused="chunks")
+    hand_offs = {
+        each.decode_worker: each.terms["hand_off"]
+        for each in explained(worker("p0"), worker("d0"), worker("d1"), demand=demand).candidates
+        if each.terms
+    }
+    assert hand_offs["d0"] == hand_offs["d1"]
 
 
 def test_a_decode_worker_that_holds_the_prompt_has_less_to_receive() -> None:
