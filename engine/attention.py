@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pdserve.errors import InternalError
+
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -22,18 +24,24 @@ class Partial:
 
 
 def merge(first: Partial, second: Partial) -> Partial:
-    """Attention over the union of two disjoint, non-empty sets of keys, in float32. Associative."""
+    """Attention over the union of two disjoint sets of keys, in float32. Associative. A side that saw no key (lse -inf)
+    changes no bit, whatever its output holds; of two such sides the output is 0 and the lse -inf."""
     highest = torch.maximum(first.lse, second.lse)
-    one, two = (first.lse - highest).exp(), (second.lse - highest).exp()
+    base = highest.masked_fill(highest.isneginf(), 0.0)  # -inf less -inf is NaN
+    one, two = (first.lse - base).exp(), (second.lse - base).exp()
     total = one + two
-    output = (one.unsqueeze(-1) * first.output.float() + two.unsqueeze(-1) * second.output.float()) / total.unsqueeze(
-        -1
-    )
-    return Partial(output, highest + total.log())
+    weighed = _weighed(first.output, one) + _weighed(second.output, two)
+    return Partial(weighed / total.masked_fill(total == 0.0, 1.0).unsqueeze(-1), base + total.log())
+
+
+def _weighed(output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """In float32. What has no weight is 0, NaN too; a weight of NaN stays one."""
+    weight = weight.unsqueeze(-1)
+    return torch.where(weight == 0.0, 0.0, weight * output.float())
 
 
 def attend_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Partial:
-    """Every query over every key. query: [n, heads, dim]; key, value: [t, kv_heads, dim], t > 0.
+    """Every query over every key. query: [n, heads, dim]; key, value: [t, kv_heads, dim], t > 0 (else InternalError).
 
     The query heads that share a KV head are folded into the query length, so that each key is read once.
     """
@@ -59,10 +67,7 @@ def attend_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def attend_masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Partial:
-    """query: [n, heads, dim]; key, value: [t, kv_heads, dim]; mask: [n, t] of the query's dtype, 0 or -inf.
-
-    No row may be masked entirely: its log-sum-exp would be wrong.
-    """
+    """query: [n, heads, dim]; key, value: [t, kv_heads, dim]; mask: [n, t] of the query's dtype, 0 or -inf."""
     length, heads, dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
@@ -75,7 +80,7 @@ def attend_masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, m
 def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> Partial:
     """One query per sequence over the keys of that sequence. query: [b, heads, dim]; key, value: [b, t, kv_heads, dim].
 
-    mask: [b, 1, 1, t] of the query's dtype, 0 or -inf; no row may be masked entirely (its log-sum-exp would be wrong).
+    mask: [b, 1, 1, t] of the query's dtype, 0 or -inf.
     """
     batch, heads, dim = query.shape
     kv_heads = key.shape[2]
@@ -92,12 +97,20 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[b, h, n, d] over [b, h, t, d] -> output [b, h, n, d], log-sum-exp [b, h, n] in float32."""
-    assert key.shape[2] > 0  # the CPU operator dies of SIGFPE on zero keys
+    """[b, h, n, d] over [b, h, t, d] -> output [b, h, n, d], log-sum-exp [b, h, n] in float32.
+
+    A row that the mask hides from every key has output 0 and -inf: the operator says 0, which merges wrongly.
+    """
+    if not key.shape[2]:
+        raise InternalError("Attention over no keys at all: the CPU operator would end the process (SIGFPE).")
     if query.device.type == "cpu":
         output, lse = _flash_cpu(query, key, value, 0.0, causal, attn_mask=mask)
+    else:
+        output, lse = _attend_plain(query, key, value, causal=causal, mask=mask)
+    if mask is None:
         return output, lse
-    return _attend_plain(query, key, value, causal=causal, mask=mask)
+    blind = mask.isneginf().all(-1)
+    return output.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
 
 
 def _attend_plain(

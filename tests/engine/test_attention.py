@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention import Partial, _attend_plain, attend_all, attend_causal, attend_rows, merge
+from engine.attention import Partial, _attend_plain, attend_all, attend_causal, attend_masked, attend_rows, merge
+from pdserve.errors import InternalError
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -113,3 +114,73 @@ def test_the_plain_form_for_other_devices_equals_the_operator(causal: bool) -> N
     allowed = torch.ones(9, 9, dtype=torch.bool)
     wanted = exact(one, allowed.tril() if causal else allowed)
     assert_equal(Partial(output[0].transpose(0, 1), lse[0].transpose(0, 1)), wanted, 2e-5)
+
+
+# ---- what the operators and the formula get wrong where a query sees no key (algorithm card 2, traps)
+
+NOTHING = float("-inf")
+
+
+def nothing_seen(like: Partial, garbage: float) -> Partial:
+    return Partial(torch.full_like(like.output, garbage), torch.full_like(like.lse, NOTHING))
+
+
+@pytest.mark.parametrize("garbage", [0.0, float("nan"), float("inf")])
+def test_an_empty_side_changes_no_bit_whatever_lies_in_its_output(garbage: float) -> None:
+    one = case(4, 5, 9, 2, 3)
+    seen = attend_all(one.query, one.key, one.value)
+    for merged in (merge(seen, nothing_seen(seen, garbage)), merge(nothing_seen(seen, garbage), seen)):
+        assert torch.equal(merged.output, seen.output)
+        assert torch.equal(merged.lse, seen.lse)
+
+
+def test_two_empty_sides_are_empty_and_merge_on() -> None:
+    one = case(5, 5, 9, 2, 3)
+    seen = attend_all(one.query, one.key, one.value)
+    empty = merge(nothing_seen(seen, float("nan")), nothing_seen(seen, float("nan")))
+    assert not empty.output.any()
+    assert (empty.lse == NOTHING).all()
+    assert torch.equal(merge(empty, seen).output, seen.output)
+
+
+def test_a_real_nan_is_not_hidden_by_a_merge() -> None:
+    one = case(6, 2, 9, 1, 1)
+    seen = attend_all(one.query, one.key, one.value)
+    broken = Partial(seen.output, torch.full_like(seen.lse, float("nan")))
+    assert merge(seen, broken).output.isnan().all()
+
+
+def test_a_row_that_is_masked_entirely_is_empty_and_merges_to_the_other_side() -> None:
+    one, other = case(7, 4, 9, 2, 3), case(8, 4, 6, 2, 3)
+    mask = torch.zeros(4, 9)
+    mask[1] = NOTHING
+    mask[2, 5:] = NOTHING
+    got = attend_masked(one.query, one.key, one.value, mask)
+    wanted = exact(one, mask == 0)
+    assert_equal(
+        Partial(got.output[[0, 2, 3]], got.lse[[0, 2, 3]]),
+        Partial(wanted.output[[0, 2, 3]], wanted.lse[[0, 2, 3]]),
+        2e-5,
+    )
+    assert not got.output[1].any()
+    assert (got.lse[1] == NOTHING).all()
+    rest = attend_all(one.query, other.key, other.value)
+    assert torch.equal(merge(got, rest).output[1], rest.output[1])
+
+
+def test_a_row_of_a_batch_that_is_masked_entirely_is_empty() -> None:
+    one = case(9, 1, 8, 2, 3)
+    mask = torch.zeros(2, 1, 1, 8)
+    mask[1] = NOTHING
+    query, key, value = (torch.cat([x, x]) for x in (one.query, one.key[None], one.value[None]))
+    got = attend_rows(query, key, value, mask)
+    assert_equal(Partial(got.output[:1], got.lse[:1]), exact(one, torch.ones(1, 8, dtype=torch.bool)), 2e-5)
+    assert not got.output[1].any()
+    assert (got.lse[1] == NOTHING).all()
+
+
+def test_no_keys_at_all_are_an_error_and_not_the_end_of_the_process() -> None:
+    one = case(10, 4, 3, 2, 3)
+    for attend in (attend_all, attend_causal):
+        with pytest.raises(InternalError, match="no keys"):
+            attend(one.query[:0] if attend is attend_causal else one.query, one.key[:0], one.value[:0])
