@@ -929,6 +929,7 @@ void kernels_attention(const Attention* given, const int32_t* merged_rows, const
         const long place = static_cast<long>(slot) * a.heads + head;
         merge(out, lse, a.partial + place * a.dim, a.partial_lse[place], a.dim);
       }
+      if (lse == -INFINITY) std::fill(out, out + a.dim, 0.0f);  // the row sees no key
     }
   }
 }

@@ -302,3 +302,22 @@ def test_large_scores_do_not_overflow(kernels: Kernels) -> None:
     one = tree(random.Random(9), kernels)
     loud = Tree(one.pool, one.readers, one.query * 1000, one.ends)
     torch.testing.assert_close(attended(kernels, loud).double(), exact(loud), atol=1e-3, rtol=1e-3)
+
+
+def test_a_row_that_sees_no_key_is_zero_beside_rows_that_do_and_alone(kernels: Kernels) -> None:
+    """Cut into chunks as well: two empty sides, and an empty one beside a full one, come together in the merge."""
+    pages = 2 * kernels.chunk // PAGE
+    reader = Reader(0, 3, 2 * kernels.chunk - 3, np.arange(pages, dtype=np.int32))
+    torch.manual_seed(11)
+    pool = torch.randn(pages, 2, PAGE, 2, 32)
+    ends = torch.arange(reader.first, reader.first + 3, dtype=torch.int32) + 1
+    one = Tree(pool, [reader], torch.randn(3, 6, 32), ends)
+    begins = torch.tensor([ends[0], kernels.chunk, 0], dtype=torch.int32)  # nothing; the second chunk; both
+    wanted = exact(one)
+    for units in (1, 100):
+        tasks = plan(one.readers, Cut(kernels.chunk, PAGE, 0, units))
+        assert any(tasks.merged) == (units > 1)
+        got = kernels.attention(one.query, pool, task_arrays(tasks, one.readers, begins, ends))
+        assert not got[0].any()
+        assert got[1].isfinite().all()
+        torch.testing.assert_close(got[2].double(), wanted[2], atol=1e-5, rtol=1e-5)
