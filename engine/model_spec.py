@@ -216,6 +216,9 @@ def _refuse_what_is_not_built(config: Json) -> None:
         raise ModelUnsupported(f"partial_rotary_factor {config['partial_rotary_factor']!r} is not supported.")
     if config.get("auto_map") is not None:
         raise ModelUnsupported("auto_map: models that bring code of their own are not supported.")
+    for name, value in config.items():
+        if "sink" in name and value:  # as a family with sinks names them; gpt_oss does not, and is refused as a family
+            raise ModelUnsupported(f"{name} {value!r}: attention sinks are not supported.")
 
 
 def _rope_section(config: Json) -> Json:

@@ -46,6 +46,9 @@ def spec(changes: dict[str, object] | None = None, generation: dict[str, object]
     [
         ({"model_type": "gemma2"}, "gemma2"),
         ({"model_type": None}, "None"),
+        ({"model_type": "gpt_oss"}, "gpt_oss"),
+        ({"attention_sink_size": 4}, "attention_sink_size"),
+        ({"model_type": "qwen3", "add_swa_attention_sink_bias": True}, "add_swa_attention_sink_bias"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "longrope"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs between layers"),
@@ -60,6 +63,10 @@ def spec(changes: dict[str, object] | None = None, generation: dict[str, object]
 def test_what_would_not_be_exact_is_refused_by_name(changes: dict[str, object], named: str) -> None:
     with pytest.raises(ModelUnsupported, match=named):
         spec(changes)
+
+
+def test_a_config_that_says_it_has_no_sinks_is_read() -> None:
+    assert spec({"attention_sink_size": 0, "add_full_attention_sink_bias": False}).layers == 2
 
 
 @pytest.mark.parametrize(
@@ -289,6 +296,7 @@ NORM = "model.norm.weight"
         ({NORM: torch.ones(5)}, "has shape"),
         ({NORM: torch.ones(96, dtype=torch.int8)}, "dtype I8"),
         ({"model.layers.9.extra.weight": torch.ones(3)}, "does not use"),
+        ({"model.layers.0.self_attn.sinks": torch.ones(6)}, "self_attn.sinks"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(
