@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from engine.page_protocol import OfferedPage
 from engine.pool import BlockPool, PoolExhausted
-from engine.prefix_index import KeyChain, PrefixIndex
+from engine.prefix_index import KeyChain, PageKey, PrefixIndex
 from engine.protocol import KvEvicted, KvStored
 
 
@@ -42,8 +42,7 @@ class Offers:
         self._skipped = 0
 
     def wait(self, page: OfferedPage) -> None:
-        if self.limit:
-            self._waiting.append(page)
+        self._waiting.append(page)
 
     def next_waiting(self) -> OfferedPage | None:
         """The page whose turn it is, if there is room for one. A page that was evicted and came back to its block waits twice."""
@@ -139,11 +138,17 @@ class BlockTables:
         if full <= table.stored:
             return
         pages = table.chain.pages(tokens, full)
+        fresh: list[PageKey] = []  # told at once: a whole prompt is stored between its KV and its next token
         for ordinal in range(table.stored, len(pages)):
             page, block = pages[ordinal], table.blocks[ordinal]
             if self._index.store(block, page):
-                self._tell(KvStored(page.unit_keys))
-                self.offers.wait(OfferedPage(block, page.unit_keys, page.fingerprint, page.parent, table.chain.tenant))
+                fresh.append(page)
+                if self.offers.limit:
+                    self.offers.wait(
+                        OfferedPage(block, page.unit_keys, page.fingerprint, page.parent, table.chain.tenant)
+                    )
+        if fresh:
+            self._tell(KvStored(b"".join([page.unit_keys for page in fresh])))
         self._offer_waiting()
         table.stored = full
 
