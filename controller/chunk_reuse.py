@@ -6,12 +6,12 @@ workers, so that what lies only there distinguishes none and is not known here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from controller.blend_ratio import FLOOR, MOST_COMPUTED
 from controller.kv_blend import KvBlend, Recipe
-from controller.kv_holdings import KvHoldings
+from controller.kv_holdings import DEVICE_TIER, KvHoldings
 from controller.kv_prices import KvPrices
 from controller.placement.snapshot import Reuse
 from kv_transfer.keys import HASH_UNIT_TOKENS
@@ -19,10 +19,10 @@ from kv_transfer.keys import HASH_UNIT_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class WantedChunk:
-    """keys: of its hash units, packed."""
+    """keys: of its hash units."""
 
     tokens: int
-    keys: bytes
+    keys: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ class BlendDemand:
     beside_tokens: float
 
 
-def blend_demand(asked: KvBlend, keys: Sequence[bytes], prompt_tokens: int, layers: int) -> BlendDemand | None:
+def blend_demand(
+    asked: KvBlend, keys: Sequence[Sequence[bytes]], prompt_tokens: int, layers: int
+) -> BlendDemand | None:
     """keys: of each chunk. None where engines compute the prompt whole. A ratio that is still to be chosen counts as the floor."""
     counts = [chunk.end - chunk.start for chunk in asked.chunks]
     recomputed = _recomputed(asked.recipe, counts, layers)
@@ -59,16 +61,13 @@ def chunk_reuse(demand: BlendDemand, holdings: KvHoldings, prices: KvPrices) -> 
     device = stored = 0
     load = 0.0
     for chunk in demand.chunks:
-        below = holdings.below_device(chunk.keys)
-        if below is None:
+        units = holdings.units_by_tier(chunk.keys, prices.tiers)
+        if units is None:
             continue
-        if below:
+        if units.pop(DEVICE_TIER) < len(chunk.keys):
             stored += chunk.tokens
-            load += min(chunk.tokens, HASH_UNIT_TOKENS * sum(_nearest(tiers, prices) for tiers in below))
+            cost = HASH_UNIT_TOKENS * sum(count * prices.of_tier(tier) for tier, count in units.items())
+            load += min(chunk.tokens, cost)
         else:
             device += chunk.tokens
     return Reuse(device, stored, max(0.0, load - demand.beside_tokens))
-
-
-def _nearest(tiers: Set[str], prices: KvPrices) -> float:
-    return prices.of_tier(next((tier for tier in prices.tiers if tier in tiers), ""))

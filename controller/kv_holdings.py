@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Set
 
 from controller.kv_prices import NOTHING_MEASURED, KvPrices
 from controller.placement.snapshot import Reuse
-from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS
+from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, split_keys
 from pdserve.v1 import worker_pb2
 
 DEVICE_TIER = "device"
@@ -48,20 +48,26 @@ class KvHoldings:
         load += (anywhere - held) * prices.of_tier("")
         return Reuse(on_device * HASH_UNIT_TOKENS, (anywhere - on_device) * HASH_UNIT_TOKENS, load * HASH_UNIT_TOKENS)
 
-    def below_device(self, block_hashes: bytes) -> list[Set[str]] | None:
-        """For each of these units that is not on the device the tiers that have it; None where one is nowhere."""
-        below: list[Set[str]] = []
-        for key in _keys(block_hashes):
-            tiers = self._tiers.get(key)
+    def units_by_tier(self, keys: Iterable[bytes], nearest: Iterable[str]) -> dict[str, int] | None:
+        """How many of these units lie on the device, in each of the tiers `nearest` but no nearer one, and elsewhere (""). None where
+        one is nowhere."""
+        order, tiers_of = (DEVICE_TIER, *nearest), self._tiers.get
+        held = dict.fromkeys((*order, ""), 0)
+        for key in keys:
+            tiers = tiers_of(key)
             if not tiers:
                 return None
-            if DEVICE_TIER not in tiers:
-                below.append(tiers)
-        return below
+            for tier in order:
+                if tier in tiers:
+                    held[tier] += 1
+                    break
+            else:
+                held[""] += 1
+        return held
 
     def tiers_of_units(self, block_hashes: bytes) -> list[Set[str]]:
         """For each unit of a prompt the tiers that have it, looked up one by one: for operators."""
-        return [self._tiers.get(key, frozenset()) for key in _keys(block_hashes)]
+        return [self._tiers.get(key, frozenset()) for key in split_keys(block_hashes)]
 
     def _reach(self, block_hashes: bytes, held: int, count: int, tier: str) -> int:
         """tier: empty for any."""
@@ -81,12 +87,12 @@ class KvHoldings:
                 self._tiers.clear()
                 self._units.clear()
             case worker_pb2.KvEvent.KIND_STORED:
-                for key in _keys(event.block_hashes):
+                for key in split_keys(event.block_hashes):
                     tiers = self._tiers.setdefault(key, set())
                     self._units[event.tier] = self._units.get(event.tier, 0) + (event.tier not in tiers)
                     tiers.add(event.tier)
             case worker_pb2.KvEvent.KIND_EVICTED:
-                for key in _keys(event.block_hashes):
+                for key in split_keys(event.block_hashes):
                     self._leave(key, event.tier)
             case _:
                 pass  # of a newer worker
@@ -99,7 +105,3 @@ class KvHoldings:
         self._units[tier] -= 1
         if not tiers:
             del self._tiers[key]
-
-
-def _keys(packed: bytes) -> Iterator[bytes]:
-    return (packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES))

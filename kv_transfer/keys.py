@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 HASH_UNIT_TOKENS = 16
@@ -70,6 +70,11 @@ def chain_hashes(parent: bytes, token_ids: bytes) -> bytes:
         parent = digest.digest()
         keys.append(parent)
     return b"".join(keys)
+
+
+def split_keys(packed: bytes) -> Iterator[bytes]:
+    """The keys of `chain_hashes` one by one."""
+    return (packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES))
 
 
 def chunk_hashes(root: bytes, token_ids: bytes) -> bytes:

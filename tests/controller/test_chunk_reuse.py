@@ -13,7 +13,7 @@ from controller.kv_blend import Chunk, KvBlend, Recipe, keys_of
 from controller.kv_holdings import KvHoldings
 from controller.kv_prices import GUESSED_SHARE, KvPrices, prices_of
 from controller.placement.snapshot import NO_REUSE, Reuse
-from kv_transfer.keys import HASH_BYTES
+from kv_transfer.keys import HASH_BYTES, split_keys
 from pdserve.v1 import worker_pb2
 from tests.controller.cluster_twin import ClusterTwin, asked, cluster
 from tests.controller.test_kv_routing import CLEARED, STORED, tell_kv, units
@@ -25,6 +25,7 @@ BLEND = KvBlend(Recipe(), (Chunk(0, 256), Chunk(300, 556)))
 KEYS = keys_of(BLEND.chunks, PROMPT, IDENTITY, "")
 PRICES = KvPrices({"host": 0.01, "disk": 0.2})
 UNITS = 16  # of each chunk
+UNIT_KEYS = [[*split_keys(keys)] for keys in KEYS]
 
 
 def stored(tier: str, keys: bytes) -> worker_pb2.KvEvent:
@@ -39,7 +40,7 @@ def holding(*events: worker_pb2.KvEvent) -> KvHoldings:
 
 
 def demanded(asked_blend: KvBlend = BLEND, layers: int = 12) -> BlendDemand:
-    demand = blend_demand(asked_blend, KEYS, 600, layers)
+    demand = blend_demand(asked_blend, UNIT_KEYS, 600, layers)
     assert demand is not None
     return demand
 
@@ -87,8 +88,8 @@ def test_epic_computes_the_first_tokens_of_each_chunk_anew() -> None:
 
 
 def test_a_prompt_that_engines_compute_whole_looks_for_no_chunk() -> None:
-    assert blend_demand(replace(BLEND, recipe=Recipe(ratio=0.9)), KEYS, 600, 12) is None
-    assert blend_demand(BLEND, KEYS, 600, 2) is None
+    assert blend_demand(replace(BLEND, recipe=Recipe(ratio=0.9)), UNIT_KEYS, 600, 12) is None
+    assert blend_demand(BLEND, UNIT_KEYS, 600, 2) is None
 
 
 def test_a_tier_is_priced_by_what_was_measured_and_never_above_computing() -> None:
