@@ -10,7 +10,9 @@ import pytest
 from controller.request import GenerationRequest
 from pdserve.errors import RequestQuarantined
 from tests.controller.cluster_twin import PROMPT, ClusterTwin, Got, asked, cluster
-from tests.controller.worker_twin import DECODE, PREFILL, Faults, WorkerTwin, tokens_of
+from tests.controller.twin_faults import Faults
+from tests.controller.twin_tokens import tokens_of
+from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin
 
 ROLES = {"p0": (PREFILL,), "p1": (PREFILL,), "d0": (DECODE,), "d1": (DECODE,), "b0": (PREFILL, DECODE)}
 

@@ -11,7 +11,8 @@ from controller.request import Begun, Delta
 from pdserve.errors import DeadlineExceeded, InvalidRequest, NoDecodeWorkers, Overloaded, PromptTooLong
 from pdserve.v1 import worker_pb2
 from tests.controller.cluster_twin import PROMPT, Got, asked, cluster
-from tests.controller.worker_twin import DECODE, PREFILL, tokens_of
+from tests.controller.twin_tokens import tokens_of
+from tests.controller.worker_twin import DECODE, PREFILL
 
 
 async def test_a_request_is_prefilled_by_one_worker_and_decoded_by_another() -> None:

@@ -19,7 +19,7 @@ from pdserve.v1 import inference_pb2, inference_pb2_grpc, membership_pb2, member
 from service_kit.api_keys import ApiKeys
 from service_kit.config import ClusterConfig
 from tests.controller.cluster_twin import PROMPT, ClusterTwin, cluster
-from tests.controller.worker_twin import tokens_of
+from tests.controller.twin_tokens import tokens_of
 
 KEY = "sk-test-12345"
 

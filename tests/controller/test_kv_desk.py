@@ -146,7 +146,7 @@ async def test_a_worker_that_is_lost_ends_the_wait_for_its_answer() -> None:
     async with pair("host") as (twin, _, _):
 
         def die(command: Command) -> None:
-            twin.workers["p0"]._die()
+            twin.workers["p0"].die()
 
         twin.workers["p0"].kv_answer = die
         done = await twin.desk.kv.verify(Selection(), VerifyBounds())

@@ -10,7 +10,8 @@ import pytest
 from pdserve.errors import NoDecodeWorkers, PdserveError, RequestQuarantined
 from pdserve.v1 import worker_pb2
 from tests.controller.cluster_twin import PROMPT, ClusterTwin, Got, asked, cluster
-from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin, tokens_of
+from tests.controller.twin_tokens import tokens_of
+from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin
 
 
 def expected(count: int, n: int = 1, seed: int = 3) -> dict[int, list[int]]:
