@@ -7,24 +7,18 @@ whatever an earlier use of the file left behind is older.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-
-import xxhash
 
 from kv_store.disk.buffers import Buffers
 from kv_store.disk.device import Disk, File
 from kv_store.disk.layout import BLOCK_BYTES, Layout
-from kv_store.disk.record import Record, header_failure, pack_header, payload_hash, unpack_header
-from kv_store.page import FORMAT_DIGEST_BYTES, Page, PageBytes, PageId
+from kv_store.disk.record import Record, header_failure, payload_hash, unpack_header
+from kv_store.disk.record_run import RecordRun
+from kv_store.disk.segment_header import SegmentHeader, pack_segment, unpack_segment
+from kv_store.page import Page, PageBytes, PageId
 from kv_store.tier import VerifyFailure
 
-_MAGIC = b"pdskvseg"
 _READ_BUFFERS = 4
-_CHECKSUM_BYTES = 8
-# magic, version, format digest, number, bytes of the file, first sequence
-_SEGMENT = struct.Struct(f"<8sH{FORMAT_DIGEST_BYTES}sIQQ")
-_VERSION = 1
 
 
 class SegmentLog:
@@ -38,9 +32,8 @@ class SegmentLog:
         self._unsynced: set[int] = set()
         self._readers = Buffers(_READ_BUFFERS, layout.record_bytes + (layout.run - 1) * layout.header_bytes)
         self._staging = Buffers(1, layout.record_bytes)
-        self._headers = Buffers(1, layout.run * layout.header_bytes)
         self._padding = memoryview(bytes(layout.padded_bytes - layout.payload_bytes))
-        self._run: list[tuple[int, Record, list[memoryview]]] = []  # adjacent records that are not written yet
+        self._run = RecordRun(layout)
 
     @property
     def folder(self) -> str:
@@ -55,10 +48,9 @@ class SegmentLog:
         """Makes the file one of no records; on disk when it returns."""
         file = self._file(number)
         file.resize(self._layout.segment_bytes)
-        fields = (_MAGIC, _VERSION, self._format_digest, number, self._layout.segment_bytes, first_sequence)
-        block = _SEGMENT.pack(*fields).ljust(BLOCK_BYTES - _CHECKSUM_BYTES, b"\0")
+        header = SegmentHeader(self._format_digest, number, self._layout.segment_bytes, first_sequence)
         with self._staging.taken() as buffer:
-            buffer[:BLOCK_BYTES] = block + xxhash.xxh3_64_digest(block)
+            buffer[:BLOCK_BYTES] = pack_segment(header)
             file.write([buffer[:BLOCK_BYTES]], 0)
         file.sync()
 
@@ -67,18 +59,12 @@ class SegmentLog:
         is from another configuration."""
         with self._readers.taken() as buffer:
             block = buffer[:BLOCK_BYTES]
-            count = self._file(number).read([block], 0)
-            if not any(block[:count]):
-                return None
-            if count < BLOCK_BYTES:
-                return "length"
-            magic, version, digest, found, size_bytes, first = _SEGMENT.unpack_from(block)
-            whole = xxhash.xxh3_64_digest(block[:-_CHECKSUM_BYTES]) == block[-_CHECKSUM_BYTES:]
-        if magic != _MAGIC or version != _VERSION or not whole:
-            return "header"
-        if digest != self._format_digest or found != number:
+            header = unpack_segment(block[: self._file(number).read([block], 0)])
+        if not isinstance(header, SegmentHeader):
+            return header
+        if header.format_digest != self._format_digest or header.number != number:
             return "identity"
-        return int(first) if size_bytes == self._layout.segment_bytes else None
+        return header.first_sequence if header.segment_bytes == self._layout.segment_bytes else None
 
     def remove(self, number: int) -> None:
         file = self._files.pop(number, None)
@@ -95,16 +81,16 @@ class SegmentLog:
         if not self._aligned(content):
             self._write_run()
             with self._staging.taken() as buffer:
-                self._run = [(place, record, [self._staged(buffer, rows)])]
+                self._run.add(place, record, [self._staged(buffer, rows)])
                 self._write_run()
             return
-        if self._run and not self._continues(place):
+        if not self._run.takes(place):
             self._write_run()
-        self._run.append((place, record, [*rows, self._padding]))
+        self._run.add(place, record, [*rows, self._padding])
 
     def discard(self) -> None:
         """What was not written yet never will be."""
-        self._run = []
+        self._run.discard()
 
     def read(
         self, places: Sequence[int], ids: Sequence[PageId], into: Sequence[PageBytes]
@@ -143,7 +129,7 @@ class SegmentLog:
             if record is None or failure is not None:
                 return failure or "header"
             fields = (record.page, record.format_digest, record.payload_bytes, record.payload_hash, record.stored_s)
-            self._run = [(to, Record(*fields, sequence), [buffer[: self._layout.padded_bytes]])]
+            self._run.add(to, Record(*fields, sequence), [buffer[: self._layout.padded_bytes]])
             self._write_run()
         return None
 
@@ -171,22 +157,12 @@ class SegmentLog:
 
     # ---- parts
 
-    def _continues(self, place: int) -> bool:
-        last = self._run[-1][0]
-        adjacent = place == last + 1 and self._layout.segment_of(place) == self._layout.segment_of(last)
-        return adjacent and len(self._run) < self._layout.run
-
     def _write_run(self) -> None:
-        run, self._run = self._run, []
-        if not run:
+        if not self._run:
             return
-        first, header_bytes = run[0][0], self._layout.header_bytes
+        first = self._run.first
         self._unsynced.add(self._layout.segment_of(first))
-        with self._headers.taken() as buffer:
-            headers = [buffer[at * header_bytes :][:header_bytes] for at in range(len(run))]
-            for header, (_, record, _) in zip(headers, run, strict=True):
-                header[:] = pack_header(record, header_bytes)
-            parts = [part for header, (_, _, payload) in zip(headers, run, strict=True) for part in (*payload, header)]
+        with self._run.taken() as parts:
             self._file_of(first).write(parts, self._offset(first))
 
     def _read_singly(
