@@ -33,7 +33,8 @@ from simulator.inline_link import InlineEngineLink
 from simulator.modelled_engine import LAYOUT, ModelledConfig
 from simulator.token_draw import Vocabulary
 from worker_runtime.holding import RoleName
-from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
+from worker_runtime.node_settings import NodeSettings, new_incarnation
+from worker_runtime.worker_node import WorkerNode
 
 VERSION = "modelled"
 _ROLES: tuple[tuple[str, frozenset[RoleName]], ...] = (

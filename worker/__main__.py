@@ -32,8 +32,9 @@ from service_kit.process import die_with_parent
 from worker_runtime.engine_link import ProcessEngineLink
 from worker_runtime.grpc_endpoint import check_worker_exposure
 from worker_runtime.holding import RoleName
+from worker_runtime.node_settings import NodeSettings, new_incarnation
 from worker_runtime.page_tiers import OpenStore
-from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
+from worker_runtime.worker_node import WorkerNode
 
 ENGINE_MODULE = "worker.engine_main"
 REDIS_PASSWORD = "PDSERVE_REDIS_PASSWORD"

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from kv_transfer.transport import Transport
 from pdserve.errors import WorkerLost
-from pdserve.v1 import membership_pb2, worker_pb2
-from service_kit.config import ClusterConfig
+from pdserve.v1 import worker_pb2
 from service_kit.grpc_server import channel_credentials, open_channel, worker_credentials
 from service_kit.logs import get_logger
 from worker_runtime.commands import CommandRouter, NodeControl
-from worker_runtime.dispatches import DispatchTable
+from worker_runtime.dispatches import DispatchRecord, DispatchTable
+from worker_runtime.drain import Drain
 from worker_runtime.engine_link import EngineLink
 from worker_runtime.event_router import EventRouter
 from worker_runtime.grpc_endpoint import GrpcEndpoint, check_worker_exposure
 from worker_runtime.holding import Holding, RoleName
+from worker_runtime.introduction import Introduction
 from worker_runtime.kv_endpoint import KvEndpoint, kv_side, open_transports
 from worker_runtime.kv_index import KvIndex
 from worker_runtime.load import LoadBoard
+from worker_runtime.node_settings import NodeSettings
 from worker_runtime.page_loans import PageLoans
 from worker_runtime.page_pulls import PagePulls
 from worker_runtime.page_tiers import OpenStore, PageTiers, TierNews, page_format
@@ -39,25 +39,9 @@ from worker_runtime.tier_reads import TierReads, arena_pages
 from worker_runtime.work_entrance import DirectEntrance, WorkEntrance
 
 SWEEP_S = 0.1
-LAST_WORDS_S = 2.0  # for controllers to take what a drained worker still has to say
 CLOSE_GRACE_S = 0.5
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSettings:
-    """incarnation: larger at each start of the same worker, by default the wall clock in ns: its issuer needs no state."""
-
-    worker_id: str
-    roles: frozenset[RoleName]
-    config: ClusterConfig
-    version: str
-    incarnation: int
-
-
-def new_incarnation() -> int:
-    return time.time_ns()
 
 
 class WorkerNode:
@@ -98,10 +82,9 @@ class WorkerNode:
         self._reports = DispatchReports(self._dispatches, self._hub, self._load.report)
         self._events = EventRouter(self._dispatches, self._reports, self._load, self._hub, self._entrance)
         self._grpc = GrpcEndpoint(config)
+        self._introduction = Introduction(settings, link.ready, self._kv, self._holding, lambda: self._grpc.address)
         self._gone = asyncio.Event()
-        self._drain_deadline: float | None = None
-        self._last_words_deadline: float | None = None
-        self._drained: list[Callable[[], None]] = []
+        self._drain = Drain()
 
     @classmethod
     async def open(
@@ -142,7 +125,9 @@ class WorkerNode:
                 tasks = [group.create_task(self._consume()), group.create_task(self._beat())]
                 tasks.append(group.create_task(self._sweep()))
                 for address, channel in zip(config.controllers, channels, strict=True):
-                    registration = Registration(address, channel, self._info, self._hub, random.Random())
+                    registration = Registration(
+                        address, channel, self._introduction.to_proto, self._hub, random.Random()
+                    )
                     tasks.append(group.create_task(registration.run()))
                 await self._gone.wait()
                 for task in tasks:
@@ -156,12 +141,7 @@ class WorkerNode:
     def drain(self, deadline_s: float, drained: Callable[[], None] | None = None) -> None:
         """No new work from now on; running work may finish until the deadline, then `run` returns. Idempotent: the
         earliest deadline holds."""
-        deadline = self._clock() + deadline_s
-        first = self._drain_deadline is None
-        self._drain_deadline = deadline if self._drain_deadline is None else min(self._drain_deadline, deadline)
-        if drained is not None:
-            self._drained.append(drained)
-        if first:
+        if self._drain.order(self._clock() + deadline_s, drained):
             log.info("worker_draining", deadline_s=deadline_s, dispatches=len(list(self._dispatches.live())))
             self._holding.drain()
             self._hub.heartbeat()
@@ -231,22 +211,17 @@ class WorkerNode:
                 log.warning("session_expired", controller_id=controller_id)
                 self._commands.cancel_all_of(controller_id)
             self._dispatches.expire(now)
-            if self._drain_deadline is not None:
-                await self._drain_step(now, self._drain_deadline)
+            live = list(self._dispatches.live())
+            if self._drain.due(now, len(live)):
+                await self._take_leave(now, live)
 
-    async def _drain_step(self, now: float, deadline: float) -> None:
-        live = list(self._dispatches.live())
-        if live and now < deadline:
-            return
+    async def _take_leave(self, now: float, live: Sequence[DispatchRecord]) -> None:
         for record in live:
             self._reports.failed(record.work.dispatch, WorkerLost("This worker was drained before the request ended."))
             record.handler.cancel()
-        if self._last_words_deadline is None:
-            self._last_words_deadline = now + LAST_WORDS_S
-            for drained in self._drained:
-                drained()
+        if self._drain.begin_last_words(now):
             await self._grpc.serving(False)
-        if self._hub.all_acknowledged() or now >= self._last_words_deadline:
+        if self._drain.over(now, acknowledged=self._hub.all_acknowledged()):
             log.info("worker_drained", worker_id=self._settings.worker_id)
             self._gone.set()
 
@@ -257,33 +232,8 @@ class WorkerNode:
             if record.owner == controller_id or not self._hub.is_open(record.owner)
         ]
         return worker_pb2.WorkerSnapshot(
-            worker=self._info(),
+            worker=self._introduction.to_proto(),
             load=self._load.report(),
             held=held_dispatches(held),
             draining=self._holding.draining,
-        )
-
-    def _info(self) -> membership_pb2.WorkerInfo:
-        settings, ready, engine = self._settings, self._link.ready, self._settings.config.engine
-        return membership_pb2.WorkerInfo(
-            worker_id=settings.worker_id,
-            incarnation=settings.incarnation,
-            address=self._grpc.address,
-            roles=self._holding.to_proto(),
-            identity=self._kv.side.identity.to_proto(),
-            layout=[group.to_proto() for group in self._kv.side.groups],
-            kv_endpoints=self._kv.endpoints,
-            capabilities=membership_pb2.Capabilities(
-                push=True,
-                first_token_at_prefill=True,
-                exact_resume="seeded",
-                max_context_tokens=ready.max_context_tokens,
-                max_batch=engine.max_running,
-                token_budget=engine.token_budget,
-                blocks_total=ready.layout.blocks,
-                block_tokens=ready.layout.page_tokens,
-            ),
-            pid=os.getpid(),
-            engine_pid=ready.pid,
-            version=settings.version,
         )

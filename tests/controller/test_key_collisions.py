@@ -34,7 +34,8 @@ from tests.kv_store.redis_server import running_redis
 from tests.kv_transfer.short_keys import shortened_keys
 from worker_runtime.engine_link import ProcessEngineLink
 from worker_runtime.holding import RoleName
-from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
+from worker_runtime.node_settings import NodeSettings, new_incarnation
+from worker_runtime.worker_node import WorkerNode
 
 pytestmark = pytest.mark.slow  # engine processes
 

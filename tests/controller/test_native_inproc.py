@@ -21,7 +21,8 @@ from service_kit.config import ClusterConfig, EngineConfig, ModelConfig
 from tests.controller.cluster_twin import PATIENT_TRANSFER, ClusterTwin, Got, cluster
 from worker_runtime.engine_link import ProcessEngineLink
 from worker_runtime.holding import RoleName
-from worker_runtime.worker_node import NodeSettings, WorkerNode, new_incarnation
+from worker_runtime.node_settings import NodeSettings, new_incarnation
+from worker_runtime.worker_node import WorkerNode
 
 pytestmark = pytest.mark.slow  # engine processes
 
