@@ -11,7 +11,7 @@ import grpc
 
 from controller import membership
 from controller.chunk_reuse import BlendDemand, chunk_reuse
-from controller.kv_sources import best_source
+from controller.kv_sources import best_source, with_pulls
 from controller.membership import ConnectionLost, DeclareLost, Dial, Heard, Limits
 from controller.pending_commands import PendingCommands
 from controller.placement.snapshot import NO_REUSE, FleetSnapshot, Reuse
@@ -83,14 +83,19 @@ class Fleet:
     def snapshot(self) -> FleetSnapshot:
         return FleetSnapshot(tuple([record.view() for record in self._records.values()]))
 
-    def reuse(self, block_hashes: bytes) -> dict[str, Reuse]:
-        """What each worker holds of a prompt; those that hold nothing are left out."""
+    def reusable(self, block_hashes: bytes) -> dict[str, Reuse]:
+        """What each worker need not compute of a prompt: what it holds, and what it would pull."""
+        prices = {record.worker_id: record.prices() for record in self._records.values()}
+        return with_pulls(self.snapshot().workers, self._held(block_hashes), prices)
+
+    def _held(self, block_hashes: bytes) -> dict[str, Reuse]:
+        """Workers that hold nothing are left out."""
         records = self._records.values()
         found = ((record.worker_id, record.holdings.reuse(block_hashes, record.prices())) for record in records)
         return {worker_id: reuse for worker_id, reuse in found if reuse != NO_REUSE}
 
     def chunk_reuse(self, demand: BlendDemand) -> dict[str, Reuse]:
-        """The same for the chunks of a blended prompt."""
+        """The same for the chunks of a blended prompt, which are not pulled."""
         records = self._records.values()
         found = ((record.worker_id, chunk_reuse(demand, record.holdings, record.prices())) for record in records)
         return {worker_id: reuse for worker_id, reuse in found if reuse != NO_REUSE}
@@ -100,7 +105,7 @@ class Fleet:
         record = self._records.get(puller)
         if record is None:
             return None
-        found = best_source(record.view(), self.snapshot().workers, self.reuse(block_hashes))
+        found = best_source(record.view(), self.snapshot().workers, self._held(block_hashes))
         if found is None:
             return None
         address = self._records[found.worker_id].info.address

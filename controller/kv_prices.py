@@ -15,13 +15,21 @@ GUESSED_SHARE = 0.1  # of computing what is loaded, until both were measured
 @dataclass(frozen=True, slots=True)
 class KvPrices:
     """tiers: by name, nearest first: tokens that the worker computes in the time in which it loads one of that tier. At most 1: it
-    computes what it would load more slowly."""
+    computes what it would load more slowly. peers: the same for those that it has pulled from."""
 
     tiers: Mapping[str, float] = field(default_factory=dict)
+    peers: Mapping[str, float] = field(default_factory=dict)
 
     def of_tier(self, tier: str) -> float:
         """Of one that is not among them, the guess."""
         return self.tiers.get(tier, GUESSED_SHARE)
+
+    def of_peer(self, worker_id: str) -> float:
+        """Of one that it never pulled from the mean of the others; without any it is taken to compute."""
+        known = self.peers.get(worker_id)
+        if known is not None:
+            return known
+        return sum(self.peers.values()) / len(self.peers) if self.peers else 1.0
 
 
 NOTHING_MEASURED = KvPrices()
@@ -29,15 +37,15 @@ NOTHING_MEASURED = KvPrices()
 
 def prices_of(load: worker_pb2.LoadReport, block_tokens: int) -> KvPrices:
     token_s = load.prefill_token_us * MICROSECONDS
+    if not token_s:
+        return KvPrices(dict.fromkeys((tier.tier for tier in load.tiers), GUESSED_SHARE))
+    unit_s = HASH_UNIT_TOKENS * token_s
+    tiers = unit_seconds(load.tiers, block_tokens).items()
+    page_s = block_tokens * token_s
     return KvPrices(
-        {tier: _price(seconds, token_s) for tier, seconds in unit_seconds(load.tiers, block_tokens).items()}
+        {tier: min(1.0, seconds / unit_s) if seconds else GUESSED_SHARE for tier, seconds in tiers},
+        {each.worker_id: min(1.0, each.page_us * MICROSECONDS / page_s) for each in load.loads.pull_speeds},
     )
-
-
-def _price(unit_s: float, token_s: float) -> float:
-    if not unit_s or not token_s:
-        return GUESSED_SHARE
-    return min(1.0, unit_s / (HASH_UNIT_TOKENS * token_s))
 
 
 def unit_seconds(tiers: Sequence[worker_pb2.TierReport], block_tokens: int) -> dict[str, float]:

@@ -158,7 +158,7 @@ class WaitingRoom:
         if not identity or live.lacks_prompt_logprobs:
             return _Reusable()  # what is computed for the log-probabilities of its prompt is not taken from anywhere
         if live.kv_blend is None:
-            return _Reusable(self._fleet.reuse(live.block_hashes(identity, live.token_ids(choice))))
+            return _Reusable(self._fleet.reusable(live.block_hashes(identity, live.token_ids(choice))))
         keys, layers = live.chunk_keys(identity), self._fleet.layers()
         wanted = blend_demand(live.kv_blend, keys, live.request.prompt_tokens, max(1, layers))
         if wanted is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ from worker_runtime.stretches import Stretch
 
 PEER_TIER = "peer"
 GUESSED_BYTES_PER_S = 3e8  # until the first measurement
+PEERS_REMEMBERED = 256
 TRIES = 2  # the second one asks for what the peer has
 
 log = get_logger(__name__)
@@ -50,9 +51,17 @@ class OpenPages:
 
 @dataclass(slots=True)
 class PullFigures:
-    """Since the start."""
+    """Since the start. speeds: by peer, the last ones that were pulled from."""
 
     failed: Counter[str] = field(default_factory=Counter)  # by reason
+    speeds: OrderedDict[str, Speed] = field(default_factory=OrderedDict)
+
+    def pulled(self, peer: str, pages: int, seconds: float) -> None:
+        speed = self.speeds.setdefault(peer, Speed(0.0))
+        self.speeds.move_to_end(peer)
+        speed.measured(pages, seconds)
+        if len(self.speeds) > PEERS_REMEMBERED:
+            self.speeds.popitem(last=False)
 
 
 class PagePulls:
@@ -77,6 +86,10 @@ class PagePulls:
             return None
         return Run(PEER_TIER, pages)
 
+    def speed_of(self, source: KvSource | None) -> Speed:
+        """Of that peer; of all together where it was never pulled from."""
+        return self.figures.speeds.get(source.worker_id, self.speed) if source is not None else self.speed
+
     async def pull(self, source: KvSource, stretch: Stretch, into: OpenPages, deadline_s: float) -> int:
         """How many pages are good, from `into.first_page` on. No writer is left when it returns."""
         started_s = time.monotonic()
@@ -89,7 +102,9 @@ class PagePulls:
             return 0
         self._failing.pop(source.worker_id, None)
         if pages:
-            self.speed.measured(pages, time.monotonic() - started_s)
+            seconds = time.monotonic() - started_s
+            self.speed.measured(pages, seconds)
+            self.figures.pulled(source.worker_id, pages, seconds)
         else:
             self.figures.failed["not_found"] += 1  # the controller knew more than there is
         return pages

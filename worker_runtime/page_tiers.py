@@ -233,7 +233,7 @@ class PageTiers:
         runs += [peer] if peer is not None else []
         if not runs:
             return None
-        split = best_split(runs, len(ids) - held, self._speeds(), self._compute_page_s or _UNMEASURED_COMPUTE_S)
+        split = best_split(runs, len(ids) - held, self._speeds(source), self._compute_page_s or _UNMEASURED_COMPUTE_S)
         if split.load_pages and (stretch.in_parts or held + split.load_pages == len(ids)):
             return Plan(stretch.first(held + split.load_pages), own_end, source, split.load_s)
         self.figures.not_worth_it += 1
@@ -244,8 +244,8 @@ class PageTiers:
             return None
         return self._pulls.run(source, own_end, len(stretch.ids))
 
-    def _speeds(self) -> dict[str, Speed]:
-        peer = {PEER_TIER: self._pulls.speed} if self._pulls is not None else {}
+    def _speeds(self, source: KvSource | None) -> dict[str, Speed]:
+        peer = {PEER_TIER: self._pulls.speed_of(source)} if self._pulls is not None else {}
         return {**self._store.speeds, **peer}
 
     def _load_failed(self, command: Submit, error: PdserveError) -> None:

@@ -93,6 +93,10 @@ class TierDesk:
                 failed_pulls=self._pulls.failed,
                 lent_tokens=self._loans.lent_tokens,
                 failed_loans=self._loans.failed,
+                pull_speeds=[
+                    worker_pb2.PullSpeed(worker_id=peer, page_us=speed.page_s * 1e6)
+                    for peer, speed in self._pulls.speeds.items()
+                ],
             )
         )
         if self._looking is None and not self._closed and self._clock() - self._looked_s >= FIGURES_PERIOD_S:

@@ -24,7 +24,7 @@ class Pick:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A way to serve the dispatch. Either `refusal` is empty and the terms add up to `score` (less is better), or it says why not.
-    device_tokens, stored_tokens: held where the prompt would be computed, on the device and in the tiers.
+    device_tokens, stored_tokens: held where the prompt would be computed, on the device and in the tiers; pulled_tokens: from `peer`.
 
     One side alone is recorded where it was refused before pairs were formed: the other worker's name is empty then.
     """
@@ -39,6 +39,8 @@ class Candidate:
     message: str
     device_tokens: int = 0
     stored_tokens: int = 0
+    pulled_tokens: int = 0
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,8 @@ class Placed:
             message="",
             device_tokens=held.device_tokens,
             stored_tokens=held.stored_tokens,
+            pulled_tokens=held.pulled_tokens,
+            peer=held.peer,
         )
 
     def _terms(self, prefill: WorkerView, decode: WorkerView) -> Mapping[str, float]:

@@ -61,7 +61,7 @@ class LeastLoaded:
 def _computed(view: WorkerView, demand: Demand) -> int:
     """Tokens that this worker would have to compute: the last one always, its logits are needed."""
     reuse = demand.reuse_at(view)
-    return max(1, demand.tokens + demand.recomputed_tokens - reuse.device_tokens - reuse.stored_tokens)
+    return max(1, demand.tokens + demand.recomputed_tokens - reuse.held_tokens - reuse.pulled_tokens)
 
 
 POLICIES: dict[str, Policy] = {"least-loaded": LeastLoaded()}

@@ -39,12 +39,18 @@ class FleetSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """Tokens of one prompt whose KV a worker holds: on the device, and beyond that in its tiers. load_cost_tokens: loading those takes
-    as long as computing so many there."""
+    """Tokens of one prompt whose KV a worker holds: on the device, and beyond that in its tiers; and what it would pull beyond both,
+    from `peer`. load_cost_tokens: loading and pulling those takes as long as computing so many there."""
 
     device_tokens: int = 0
     stored_tokens: int = 0
     load_cost_tokens: float = 0.0
+    pulled_tokens: int = 0
+    peer: str = ""
+
+    @property
+    def held_tokens(self) -> int:
+        return self.device_tokens + self.stored_tokens
 
 
 NO_REUSE = Reuse()

@@ -11,7 +11,6 @@ from pdserve.cli.terminal import Terminal, seconds, size
 from pdserve.errors import NotFound
 
 LATEST = "latest"
-_HELD = {"device_tokens": "ON DEVICE", "stored_tokens": "IN TIERS"}  # tokens that a candidate holds, and their column
 
 
 def add(commands: Commands) -> None:
@@ -83,11 +82,13 @@ def _decision(decision: Record, terminal: Terminal) -> None:
                 _pair(one),
                 f"{one.number('score'):.6g}",
                 *(f"{one.numbers('terms').get(name, 0.0):.6g}" for name in terms),
-                *(str(one.integer(name)) for name in _HELD),
+                *_held(one),
             )
             for one in scored
         ]
-        terminal.table(("CANDIDATE", "SCORE", *(name.upper() for name in terms), *_HELD.values()), rows)
+        terminal.table(
+            ("CANDIDATE", "SCORE", *(name.upper() for name in terms), "ON DEVICE", "IN TIERS", "AT A PEER"), rows
+        )
         if decision.text("reused") == "chunks":
             terminal.say(
                 "the tokens that a candidate holds are of the prompt's chunks, which are blended: "
@@ -98,6 +99,13 @@ def _decision(decision: Record, terminal: Terminal) -> None:
             terminal.say(f"refused {_pair(one)}: {one.text('refusal')} ({one.text('message')})")
     if decision.integer("candidates_left_out"):
         terminal.say(f"{decision.integer('candidates_left_out')} more candidates are not listed")
+
+
+def _held(candidate: Record) -> tuple[str, str, str]:
+    """Tokens that need not be computed there."""
+    pulled = candidate.integer("pulled_tokens")
+    peer = f"{pulled} at {candidate.text('peer')}" if pulled else "0"
+    return str(candidate.integer("device_tokens")), str(candidate.integer("stored_tokens")), peer
 
 
 def _pair(one: Record) -> str:

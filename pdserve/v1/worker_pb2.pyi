@@ -1305,6 +1305,7 @@ class TierLoads(_message.Message):
     FAILED_PULLS_FIELD_NUMBER: _builtins.int
     LENT_TOKENS_FIELD_NUMBER: _builtins.int
     FAILED_LOANS_FIELD_NUMBER: _builtins.int
+    PULL_SPEEDS_FIELD_NUMBER: _builtins.int
     queried_tokens: _builtins.int
     late: _builtins.int
     """loads that their deadline ended"""
@@ -1328,6 +1329,10 @@ class TierLoads(_message.Message):
     def failed_loans(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """to peers, by reason, refusals included"""
 
+    @_builtins.property
+    def pull_speeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___PullSpeed]:
+        """of the peers that were pulled from last"""
+
     def __init__(
         self,
         *,
@@ -1342,14 +1347,38 @@ class TierLoads(_message.Message):
         failed_pulls: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         lent_tokens: _builtins.int = ...,
         failed_loans: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        pull_speeds: _abc.Iterable[Global___PullSpeed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_on_the_way_down", b"dropped_on_the_way_down", "failed_loans", b"failed_loans", "failed_pulls", b"failed_pulls", "late", b"late", "lent_tokens", b"lent_tokens", "load_s", b"load_s", "loaded_tokens", b"loaded_tokens", "no_room", b"no_room", "not_worth_it", b"not_worth_it", "offers_skipped", b"offers_skipped", "queried_tokens", b"queried_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_on_the_way_down", b"dropped_on_the_way_down", "failed_loans", b"failed_loans", "failed_pulls", b"failed_pulls", "late", b"late", "lent_tokens", b"lent_tokens", "load_s", b"load_s", "loaded_tokens", b"loaded_tokens", "no_room", b"no_room", "not_worth_it", b"not_worth_it", "offers_skipped", b"offers_skipped", "pull_speeds", b"pull_speeds", "queried_tokens", b"queried_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TierLoads: _TypeAlias = TierLoads  # noqa: Y015
+
+@_typing.final
+class PullSpeed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PAGE_US_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    page_us: _builtins.float
+    """moving average"""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        page_us: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_us", b"page_us", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullSpeed: _TypeAlias = PullSpeed  # noqa: Y015
 
 @_typing.final
 class KvEvents(_message.Message):

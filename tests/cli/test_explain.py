@@ -13,7 +13,7 @@ from controller.timeline import Timeline
 from pdserve.cli.main import main
 from tests.cli.test_kv import ApiTwin, Body
 
-BEST = Candidate("split", "p1", "d0", "tcp", 0.25, {"load": 0.05, "prefill": 0.2}, "", "", 32, 480)
+BEST = Candidate("split", "p1", "d0", "tcp", 0.25, {"load": 0.05, "prefill": 0.2}, "", "", 32, 400, 80, "p2")
 OTHER = Candidate("split", "p0", "d0", "tcp", 0.6, {"load": 0.0, "prefill": 0.6}, "", "")
 DECISION = Decision(1, 0.0, "least-loaded", "best", Pick("split", "p1", "d0", "tcp"), (BEST, OTHER), 0)
 BLENDED = Decision(
@@ -45,9 +45,9 @@ def test_a_row_per_candidate_tells_its_terms_and_what_it_holds_of_the_prompt(
     lines = printed(twin, DECISION, capsys)
     rows = [line.split("  ") for line in lines]
     found = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert ["CANDIDATE", "SCORE", "LOAD", "PREFILL", "ON DEVICE", "IN TIERS"] in found
-    assert ["p1 → d0 over tcp", "0.25", "0.05", "0.2", "32", "480"] in found
-    assert ["p0 → d0 over tcp", "0.6", "0", "0.6", "0", "0"] in found
+    assert ["CANDIDATE", "SCORE", "LOAD", "PREFILL", "ON DEVICE", "IN TIERS", "AT A PEER"] in found
+    assert ["p1 → d0 over tcp", "0.25", "0.05", "0.2", "32", "400", "80 at p2"] in found
+    assert ["p0 → d0 over tcp", "0.6", "0", "0.6", "0", "0", "0"] in found
     assert not any("chunks" in line for line in lines)
 
 

@@ -30,6 +30,11 @@ async def test_pages_on_the_device_are_lent_and_counted_on_both_sides() -> None:
         await nothing_held(lender, puller)
         assert lender.loans.figures.lent_tokens == PAGES * PAGE_TOKENS
         assert puller.pulls.speed.samples == 1
+        assert (
+            puller.pulls.speed_of(lender.source()).page_s
+            == puller.pulls.figures.speeds[lender.source().worker_id].page_s
+            > 0
+        )
         assert not lender.loans.figures.failed
         assert not puller.pulls.figures.failed
 

@@ -81,7 +81,9 @@ async def test_a_prompt_computed_by_one_worker_is_pulled_by_another(
     expected = await peers.computed()
     assert await peers.pulled() == expected
     assert peers.cached() == 16 * PAGES
-    assert (await peers.figures(peers.puller)).loaded_tokens == {"peer": 16 * PAGES}
+    figures = await peers.figures(peers.puller)
+    assert figures.loaded_tokens == {"peer": 16 * PAGES}
+    assert [speed.worker_id for speed in figures.pull_speeds if speed.page_us > 0] == ["w0"]
     assert (await peers.figures(peers.lender)).lent_tokens == 16 * PAGES
     await all_free(peers.lender, peers.puller)
 
