@@ -1,12 +1,8 @@
-"""Owns the dispatches of a modelled engine: takes commands, moves each dispatch through its phases, frees its blocks.
-
-A dispatch's blocks go back to the pool only when nobody can touch them any more: request and writer at a destination, request
-and source lease at a source (`simulator.dispatch_state` draws the phases).
-"""
+"""Owns what a modelled engine's dispatches go through: each command, and each step, moves them from phase to phase."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import assert_never
 
 from engine.page_protocol import LoadPages, OfferPages, PagesLate, PagesLoaded, PagesOpened, PagesSaved
@@ -15,9 +11,7 @@ from engine.protocol import (
     Cancel,
     ClearPrefixCache,
     Command,
-    Dispatch,
     EventSink,
-    Freed,
     PrefillDone,
     ReleaseSource,
     ReserveBlocks,
@@ -32,8 +26,8 @@ from engine.protocol import (
 )
 from engine.refusals import Doorkeeper
 from pdserve.errors import NoCapacity, PdserveError
-from simulator.block_tables import BlockTables
-from simulator.dispatch_state import DispatchState, Phase, Sequence
+from simulator.dispatch_book import DispatchBook
+from simulator.dispatch_state import DispatchState
 from simulator.step_tokens import StepDraws, prompt_logprobs
 from simulator.token_draw import Vocabulary, stream_key
 
@@ -41,28 +35,21 @@ from simulator.token_draw import Vocabulary, stream_key
 class CommandDesk:
     def __init__(
         self,
-        tables: BlockTables,
+        book: DispatchBook,
         vocabulary: Vocabulary,
         max_context_tokens: int,
         policy: SetPolicy,
         sink: EventSink,
         clock: Callable[[], float],
     ) -> None:
-        self.states: dict[Dispatch, DispatchState] = {}
         self.policy = policy
-        self._tables = tables
+        self._book = book
         self._vocabulary = vocabulary
         self._sink = sink
         self._clock = clock
-        self._doorkeeper = Doorkeeper(max_context_tokens, tables.page_tokens, tables.pool.size, vocabulary.size)
-
-    def in_phase(self, phase: Phase) -> list[DispatchState]:
-        return [state for state in self.states.values() if state.phase == phase]
-
-    def sequences(self) -> Iterator[Sequence]:
-        """Everything that decodes, oldest dispatch first."""
-        for state in self.states.values():
-            yield from state.sequences.values()
+        self._doorkeeper = Doorkeeper(
+            max_context_tokens, book.tables.page_tokens, book.tables.pool.size, vocabulary.size
+        )
 
     def handle(self, command: Command) -> None:
         match command:
@@ -75,11 +62,11 @@ class CommandDesk:
             case Cancel():
                 self._cancel(command)
             case WriterDone() | ReleaseSource():
-                self._peer_done(command.dispatch)
+                self._book.peer_done(command.dispatch)
             case SetPolicy():
                 self.policy = command
             case ClearPrefixCache():
-                self._tables.clear_cached()
+                self._book.tables.clear_cached()
             case LoadPages():
                 self._sink.emit(PagesOpened(command.load_id, 0, ()))  # modelled KV has no bytes to load
             case OfferPages() | PagesSaved() | PagesLoaded() | PagesLate():
@@ -109,7 +96,7 @@ class CommandDesk:
             key = stream_key(work, choice)
             token_id, goes_on = draws.draw(work, choice, key, state.first_index)
             if goes_on:
-                self._fork(state, choice, key, token_id)
+                self._book.fork(state, choice, key, token_id)
             else:
                 state.choices.discard(choice)
         state.phase = "decoding"
@@ -121,46 +108,35 @@ class CommandDesk:
             going_on = tuple((choice, sequence.token_id) for choice, sequence in state.sequences.items())
             compute_us = int((self._clock() - state.started_s) * 1e6)
             for choice in list(state.sequences):
-                self.end_choice(state, choice)
+                self._book.end_choice(state, choice)
             state.phase = "source"
             self._sink.emit(PrefillDone(state.work.dispatch, going_on, compute_us))
-            self._settle_blocks(state)
+            self._book.settle_blocks(state)
             return
-        self._close_own_table(state)
-        self.settle(state.work.dispatch)
-
-    def end_choice(self, state: DispatchState, choice: int) -> None:
-        state.choices.discard(choice)
-        sequence = state.sequences.pop(choice, None)
-        if sequence is not None:
-            self._tables.close(sequence.table)
+        self._book.close_own_table(state)
+        self._book.settle(state.work.dispatch)
 
     def fail_choice(self, state: DispatchState, choice: int, error: PdserveError) -> None:
-        self.end_choice(state, choice)
+        self._book.end_choice(state, choice)
         self._sink.emit(WorkFailed(state.work.dispatch, (choice,), error.reason, str(error)))
-
-    def settle(self, dispatch: Dispatch) -> None:
-        """Forgets `dispatch` if nothing of it is left."""
-        state = self.states.get(dispatch)
-        if state is not None and state.phase == "decoding" and not state.sequences and state.table is None:
-            del self.states[dispatch]
-            self._sink.emit(Freed(dispatch))
 
     # ---- commands
 
     def _submit(self, command: Submit) -> None:
         work = command.work
-        if work.dispatch in self.states:
+        if work.dispatch in self._book.states:
             return  # a duplicate message has no effect
         error = self._doorkeeper.refusal(work, self._clock())
         if error is not None:
             self._sink.emit(WorkFailed(work.dispatch, (), error.reason, str(error)))
             return
-        self.states[work.dispatch] = DispatchState(work, command.mode, "waiting", set(work.choices), self._clock())
+        self._book.states[work.dispatch] = DispatchState(
+            work, command.mode, "waiting", set(work.choices), self._clock()
+        )
 
     def _reserve(self, command: ReserveBlocks) -> None:
         work = command.work
-        if work.dispatch in self.states:
+        if work.dispatch in self._book.states:
             return
         state = DispatchState(work, "reserve", "reserved", set(work.choices), self._clock())
         error = self._doorkeeper.refusal(work, self._clock()) or self._open_reserved(state)
@@ -169,97 +145,69 @@ class CommandDesk:
             return
         assert state.table is not None
         blocks = tuple(state.table.blocks)
-        generations = tuple(self._tables.pool.generation(block) for block in blocks)
-        self.states[work.dispatch] = state
+        generations = tuple(self._book.tables.pool.generation(block) for block in blocks)
+        self._book.states[work.dispatch] = state
         self._sink.emit(Reserved(work.dispatch, blocks, generations, state.table.token_count))
 
     def _activate(self, command: Activate) -> None:
-        state = self.states.get(command.dispatch)
+        state = self._book.states.get(command.dispatch)
         if state is None or state.phase not in ("reserved", "ending"):
             return  # cancelled and freed before, or a duplicate
         state.peer_done = True
         if state.phase == "ending":
-            self._settle_blocks(state)
+            self._book.settle_blocks(state)
             return
         assert state.table is not None
         state.phase = "decoding"
         start = state.table.token_count * 4
-        if self._tables.adopt(state.table, state.work.token_ids[start:]):
+        if self._book.tables.adopt(state.table, state.work.token_ids[start:]):
             for choice, token_id in command.first_tokens:
                 if choice in state.choices:
-                    self._fork(state, choice, stream_key(state.work, choice), token_id)
+                    self._book.fork(state, choice, stream_key(state.work, choice), token_id)
         else:
             message = "The KV that was handed over is not that of the prompt."
             self._sink.emit(WorkFailed(command.dispatch, (), "kv_corrupt", message))
         state.choices.intersection_update(state.sequences)
-        self._close_own_table(state)
-        self.settle(command.dispatch)
+        self._book.close_own_table(state)
+        self._book.settle(command.dispatch)
 
     def _cancel(self, command: Cancel) -> None:
-        state = self.states.get(command.dispatch)
+        state = self._book.states.get(command.dispatch)
         if state is None:
             self._doorkeeper.bury(command.dispatch, self._clock())
             return
         for choice in command.choices or tuple(state.choices):
-            self.end_choice(state, choice)
+            self._book.end_choice(state, choice)
         if state.choices:
             return
         self._doorkeeper.bury(command.dispatch, self._clock())
         match state.phase:
             case "waiting":
-                self._forget(state)
+                self._book.forget(state)
             case "prefilling":
                 # A sender may be reading what was announced, until it says ReleaseSource.
                 state.phase = "source"
                 state.peer_done |= not state.announced_blocks
-                self._settle_blocks(state)
+                self._book.settle_blocks(state)
             case "reserved":
                 state.phase = "ending"
-                self._settle_blocks(state)
+                self._book.settle_blocks(state)
             case "decoding":
-                self.settle(command.dispatch)
+                self._book.settle(command.dispatch)
             case "source" | "ending":
                 pass
             case _:
                 assert_never(state.phase)
 
-    def _peer_done(self, dispatch: Dispatch) -> None:
-        """No peer writes to, or reads from, the blocks of `dispatch` any more."""
-        state = self.states.get(dispatch)
-        if state is not None:
-            state.peer_done = True
-            self._settle_blocks(state)
-
     # ---- parts
 
     def _open_reserved(self, state: DispatchState) -> PdserveError | None:
         """All blocks, with the head-room of running sequences left over, or none."""
-        pool, headroom = self._tables.pool, self.policy.decode_headroom_blocks
-        state.table = self._tables.open(state.work, state.token_count, headroom)
+        pool, headroom = self._book.tables.pool, self.policy.decode_headroom_blocks
+        state.table = self._book.tables.open(state.work, state.token_count, headroom)
         if state.table is not None:
             return None
-        needed = self._tables.blocks_for(state.token_count)
+        needed = self._book.tables.blocks_for(state.token_count)
         return NoCapacity(
             f"{needed} KV blocks are needed; {pool.available} are free, {headroom} of them kept for growth."
         )
-
-    def _fork(self, state: DispatchState, choice: int, key: bytes, token_id: int) -> None:
-        assert state.table is not None
-        table = self._tables.fork(state.table)
-        state.sequences[choice] = Sequence(state.work.dispatch, choice, table, key, token_id, state.first_index + 1)
-
-    def _close_own_table(self, state: DispatchState) -> None:
-        assert state.table is not None
-        self._tables.close(state.table)
-        state.table = None
-
-    def _settle_blocks(self, state: DispatchState) -> None:
-        """Frees the blocks of an ended dispatch once its peer is done with them too."""
-        if state.peer_done and state.phase in ("source", "ending"):
-            self._forget(state)
-
-    def _forget(self, state: DispatchState) -> None:
-        if state.table is not None:
-            self._close_own_table(state)
-        del self.states[state.work.dispatch]
-        self._sink.emit(Freed(state.work.dispatch))

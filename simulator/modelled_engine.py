@@ -27,6 +27,7 @@ from pdserve.errors import NoCapacity
 from simulator.block_tables import BlockTables
 from simulator.command_desk import CommandDesk
 from simulator.cost_model import PRESETS, CostModel
+from simulator.dispatch_book import DispatchBook
 from simulator.dispatch_state import DispatchState, Sequence
 from simulator.kv_memory import KvMemory
 from simulator.step_plan import StepPlan, plan_step
@@ -83,7 +84,8 @@ class ModelledEngine:
         self._identity = _identity(config)
         seed = fingerprint_seed(self._identity)
         self._tables = BlockTables(BlockPool(layout.blocks), layout.page_tokens, seed, written, sink)
-        self._desk = CommandDesk(self._tables, config.vocabulary, config.max_context_tokens, config.policy, sink, clock)
+        self._book = DispatchBook(self._tables, sink)
+        self._desk = CommandDesk(self._book, config.vocabulary, config.max_context_tokens, config.policy, sink, clock)
         self._steps = 0
         self._step_ms = 0.0
         self._prefix_queries = 0
@@ -120,7 +122,7 @@ class ModelledEngine:
         """Admits what fits and composes the next step. None: nothing to do until the next command."""
         self._admit()
         self._sink.flush()  # as the native engine: who is at work is told before the work
-        return plan_step(self._desk.sequences(), self._desk.in_phase("prefilling"), self._desk.policy, self.config.cost)
+        return plan_step(self._book.sequences(), self._book.in_phase("prefilling"), self._desk.policy, self.config.cost)
 
     def phases(self, plan: StepPlan) -> Iterator[float]:
         """Runs `plan`: yields seconds to spend, layer by layer where somebody waits for layers, and emits as it goes."""
@@ -136,15 +138,15 @@ class ModelledEngine:
         self._sink.flush()
 
     def load(self) -> Load:
-        desk, pool = self._desk, self._tables.pool
-        states = desk.states.values()
+        book, pool = self._book, self._tables.pool
+        states = book.states.values()
         waiting = [state for state in states if state.phase in ("waiting", "prefilling")]
         return Load(
             step=self._steps,
             blocks_total=pool.size,
             blocks_free=pool.available,
             blocks_leaked=self._tables.leaked(table for state in states for table in state.tables()),
-            reserved_blocks=sum(len(s.table.blocks) for s in desk.in_phase("reserved") if s.table),
+            reserved_blocks=sum(len(s.table.blocks) for s in book.in_phase("reserved") if s.table),
             running=sum(len(state.sequences) for state in states),
             waiting=len(waiting),
             waiting_tokens=sum(state.missing_tokens for state in waiting),
@@ -159,7 +161,7 @@ class ModelledEngine:
         self.memory.close()
 
     def _admit(self) -> None:
-        for state in self._desk.in_phase("waiting"):
+        for state in self._book.in_phase("waiting"):
             if not self._fits(state):
                 break
             work = state.work
@@ -177,7 +179,7 @@ class ModelledEngine:
 
     def _fits(self, state: DispatchState) -> bool:
         """Whether the growth of running sequences keeps its head-room; an idle engine admits whatever fits at all."""
-        if state.mode == "prefill" or not any(True for _ in self._desk.sequences()):
+        if state.mode == "prefill" or not any(True for _ in self._book.sequences()):
             return True
         needed = self._tables.blocks_for(state.token_count)
         return self._tables.pool.available - needed >= self._desk.policy.decode_headroom_blocks
@@ -217,10 +219,10 @@ class ModelledEngine:
         for state in prefilled:
             self._desk.after_first_tokens(state)
         for dispatch in dict.fromkeys(sequence.dispatch for sequence in plan.decodes):
-            self._desk.settle(dispatch)
+            self._book.settle(dispatch)
 
     def _decode(self, sequence: Sequence, draws: StepDraws) -> None:
-        state = self._desk.states[sequence.dispatch]
+        state = self._book.states[sequence.dispatch]
         try:
             self._tables.grow(sequence.table)
         except PoolExhausted as error:
@@ -230,7 +232,7 @@ class ModelledEngine:
         sequence.token_id, goes_on = draws.draw(state.work, sequence.choice, sequence.key, sequence.next_index)
         sequence.next_index += 1
         if not goes_on:
-            self._desk.end_choice(state, sequence.choice)
+            self._book.end_choice(state, sequence.choice)
 
 
 def _identity(config: ModelledConfig) -> bytes:
