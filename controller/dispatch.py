@@ -1,4 +1,4 @@
-"""Owns one dispatch: one attempt of some choices of a request on one worker or on a pair, and its command's content."""
+"""Owns one dispatch: one attempt of some choices of a request on one worker or on a pair, and what it is a burden of there."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from controller.admission import Waiting
-from controller.kv_blend import put_blend
 from controller.lifecycle import Side
 from controller.placement.decision import Pick
 from controller.timeline import AttemptNotes, OpenStage
-from controller.work_messages import dispatch_id, sampling_params
 from controller.worker_record import Burden
-from kv_transfer.keys import tenant_digest
 from pdserve.v1 import worker_pb2
 
 if TYPE_CHECKING:
@@ -64,26 +61,18 @@ class Dispatch:
         return "prefill" if worker_id == self.pick.prefill_worker else "decode"
 
 
-def work_of(group: Group, attempt: int, identity: bytes) -> worker_pb2.Work:
-    live, first = group.live, group.choices[0]
-    token_ids = live.token_ids(first)
-    sampling = sampling_params(live.request.sampling)
-    if not live.lacks_prompt_logprobs:
-        sampling.ClearField("prompt_logprobs")
-    work = worker_pb2.Work(
-        dispatch=dispatch_id(live.key, attempt),
-        request_id=live.request.request_id,
-        choices=group.choices,
-        token_ids=token_ids,
-        prompt_tokens=live.request.prompt_tokens,
-        sampling=sampling,
-        block_hashes=live.block_hashes(identity, token_ids),
-        priority=live.request.priority,
-        tenant=tenant_digest(live.request.cache_salt),
+def begin(
+    entry: Waiting[Group], attempt: int, pick: Pick, work: worker_pb2.Work, now: float, answer_s: float
+) -> Dispatch:
+    """Takes its first stage in the request's timeline. answer_s: how long the decode worker of a pair has to answer."""
+    group, live = entry.item, entry.item.live
+    resumed = len(live.outputs[group.choices[0]].token_ids)
+    notes = AttemptNotes(
+        attempt, group.choices, pick.kind, pick.prefill_worker, pick.decode_worker, pick.transport, resumed
     )
-    if live.kv_blend is not None:
-        put_blend(work, live.kv_blend, identity, live.request.cache_salt)
-    return work
+    live.timeline.dispatched(notes)
+    clock = live.timeline.begin("reserve" if pick.kind == "split" else "prefill", attempt, pick.decode_worker, now)
+    return Dispatch(group, entry, attempt, pick, work, notes, "reserving", now + answer_s, clock, set(group.choices))
 
 
 def burdens_of(group: Group, pick: Pick, tokens: int, block_tokens: int) -> dict[str, Burden]:

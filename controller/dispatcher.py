@@ -9,9 +9,7 @@ from collections.abc import Callable
 
 from controller import work_messages
 from controller.admission import Waiting
-from controller.blend_ratio import choose_ratio
-from controller.blend_speeds import cost_of
-from controller.dispatch import Dispatch, Group, burdens_of, work_of
+from controller.dispatch import Dispatch, Group, begin, burdens_of
 from controller.dispatch_table import DispatchTable
 from controller.fleet import Fleet
 from controller.lifecycle import FINAL, Dispatched, Refused
@@ -20,8 +18,8 @@ from controller.operations import Outcome as AttemptOutcome
 from controller.operations import RequestState
 from controller.placement.decision import Pick
 from controller.request_metrics import RequestObserver
-from controller.timeline import AttemptNotes
 from controller.waiting_room import Placing, WaitingRoom
+from controller.work_orders import WorkOrders
 from pdserve.errors import NoCapacity, PdserveError, WorkerLost
 from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
@@ -40,6 +38,7 @@ class Dispatcher:
     ) -> None:
         self._fleet = fleet
         self._room = room
+        self._orders = WorkOrders(fleet)
         self._reserve_answer_s = reserve_answer_s
         self._observer = observer
         self._clock = clock
@@ -63,54 +62,18 @@ class Dispatcher:
     # ---- to the workers
 
     def _dispatch(self, entry: Waiting[Group], pick: Pick, attempt: int) -> None:
-        now, group, live = self._clock(), entry.item, entry.item.live
+        now, group = self._clock(), entry.item
         decode = self._fleet.record(pick.decode_worker)
         assert decode is not None, "picked from a snapshot of this moment"
-        self._choose_ratio(live, pick)
-        work = work_of(group, attempt, decode.info.identity.digest)
-        self._name_source(work, pick)
-        resumed = len(live.outputs[group.choices[0]].token_ids)
-        notes = AttemptNotes(
-            attempt, group.choices, pick.kind, pick.prefill_worker, pick.decode_worker, pick.transport, resumed
-        )
-        live.timeline.dispatched(notes)
-        split = pick.kind == "split"
-        clock = live.timeline.begin("reserve" if split else "prefill", attempt, pick.decode_worker, now)
-        dispatch = Dispatch(
-            group,
-            entry,
-            attempt,
-            pick,
-            work,
-            notes,
-            "reserving",
-            now + self._reserve_answer_s,
-            clock,
-            set(group.choices),
-        )
-        tokens = live.request.prompt_tokens + resumed
+        work = self._orders.order(group, attempt, pick)
+        dispatch = begin(entry, attempt, pick, work, now, self._reserve_answer_s)
+        tokens = group.live.request.prompt_tokens + dispatch.notes.resumed_tokens
         self.table.add(dispatch, burdens_of(group, pick, tokens, decode.view().block_tokens))
-        if split:
+        if dispatch.split:
             self._fleet.send(pick.decode_worker, work_messages.reserve(work, pick.transport))
         else:
             self._run(dispatch, now)
             self._fleet.send(pick.decode_worker, work_messages.generate(work))
-
-    def _choose_ratio(self, live: LiveRequest, pick: Pick) -> None:
-        """By what was measured where it is computed first."""
-        if live.kv_blend is None or not live.kv_blend.undecided:
-            return
-        request, record = live.request, self._fleet.record(_computing(pick))
-        assert record is not None, "picked from a snapshot of this moment"
-        live.choose_ratio(choose_ratio(cost_of(live.kv_blend, request.token_ids, request.cache_salt, record)))
-
-    def _name_source(self, work: worker_pb2.Work, pick: Pick) -> None:
-        """Where whoever computes may pull KV from. Where the prompt's logprobs are asked for, all of it is computed."""
-        if not work.block_hashes or work.sampling.HasField("prompt_logprobs"):
-            return
-        source = self._fleet.kv_source(_computing(pick), work.block_hashes)
-        if source is not None:
-            work.source.CopyFrom(source)
 
     def _run(self, dispatch: Dispatch, now: float) -> None:
         dispatch.stage = "running"
@@ -261,11 +224,6 @@ class Dispatcher:
         for live, failure in self._room.expired(now, absent_since_s):
             self.fail(live, failure)
         self.pump()
-
-
-def _computing(pick: Pick) -> str:
-    """The worker that computes the prompt."""
-    return pick.prefill_worker if pick.kind == "split" else pick.decode_worker
 
 
 _OUTCOMES: dict[RequestState, AttemptOutcome] = {

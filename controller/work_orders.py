@@ -1,0 +1,71 @@
+"""Owns what workers are told to compute: a group's tokens and sampling, the ratio of its blend, and who may hold KV of it."""
+
+from __future__ import annotations
+
+from controller.blend_ratio import choose_ratio
+from controller.blend_speeds import cost_of
+from controller.dispatch import Group
+from controller.fleet import Fleet
+from controller.kv_blend import put_blend
+from controller.live_request import LiveRequest
+from controller.placement.decision import Pick
+from controller.work_messages import dispatch_id, sampling_params
+from kv_transfer.keys import tenant_digest
+from pdserve.v1 import worker_pb2
+
+
+class WorkOrders:
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def order(self, group: Group, attempt: int, pick: Pick) -> worker_pb2.Work:
+        """For the workers of `pick`, which is of this moment. The first one of a request settles the ratio of its blend."""
+        decode = self._fleet.record(pick.decode_worker)
+        assert decode is not None, "picked from a snapshot of this moment"
+        self._choose_ratio(group.live, pick)
+        work = _work(group, attempt, decode.info.identity.digest)
+        self._name_source(work, pick)
+        return work
+
+    def _choose_ratio(self, live: LiveRequest, pick: Pick) -> None:
+        """By what was measured where it is computed first."""
+        if live.kv_blend is None or not live.kv_blend.undecided:
+            return
+        request, record = live.request, self._fleet.record(_computing(pick))
+        assert record is not None, "picked from a snapshot of this moment"
+        live.choose_ratio(choose_ratio(cost_of(live.kv_blend, request.token_ids, request.cache_salt, record)))
+
+    def _name_source(self, work: worker_pb2.Work, pick: Pick) -> None:
+        """Where whoever computes may pull KV from. Where the prompt's logprobs are asked for, all of it is computed."""
+        if not work.block_hashes or work.sampling.HasField("prompt_logprobs"):
+            return
+        source = self._fleet.kv_source(_computing(pick), work.block_hashes)
+        if source is not None:
+            work.source.CopyFrom(source)
+
+
+def _work(group: Group, attempt: int, identity: bytes) -> worker_pb2.Work:
+    live, first = group.live, group.choices[0]
+    token_ids = live.token_ids(first)
+    sampling = sampling_params(live.request.sampling)
+    if not live.lacks_prompt_logprobs:
+        sampling.ClearField("prompt_logprobs")
+    work = worker_pb2.Work(
+        dispatch=dispatch_id(live.key, attempt),
+        request_id=live.request.request_id,
+        choices=group.choices,
+        token_ids=token_ids,
+        prompt_tokens=live.request.prompt_tokens,
+        sampling=sampling,
+        block_hashes=live.block_hashes(identity, token_ids),
+        priority=live.request.priority,
+        tenant=tenant_digest(live.request.cache_salt),
+    )
+    if live.kv_blend is not None:
+        put_blend(work, live.kv_blend, identity, live.request.cache_salt)
+    return work
+
+
+def _computing(pick: Pick) -> str:
+    """The worker that computes the prompt."""
+    return pick.prefill_worker if pick.kind == "split" else pick.decode_worker
