@@ -45,6 +45,9 @@ from kv_transfer.writer_lease import (
 from pdserve.errors import KvCorrupt, LeaseExpired, PdserveError, TransferFailed, error_from_reason
 from pdserve.v1 import handoff_pb2
 from service_kit.config import TransferConfig
+from service_kit.logs import get_logger
+
+_log = get_logger(__name__)
 
 Answers = Outbox[handoff_pb2.HandoffResponse]
 
@@ -221,6 +224,7 @@ class IncomingHandoff:
                 if self._answers is not None:
                     _refuse(self._answers, command.error)
             case CloseEndpoint():
+                _log.warning("handoff_writer_cut_off", request_key=self.reservation.dispatch.request_key)
                 self._tasks.spawn(self._close_endpoint(), "incoming-close-endpoint")
             case Activate():
                 self._activate()
