@@ -142,9 +142,10 @@ def check_exports(device: Device) -> Checked:
     """Every layer is published while the device still computes it, and the arena is looked at when it is announced."""
     place, arena = torch.device(device), Arena(EXPORT)
     memory = kv_memory_over(arena, place)
+    pinned = memory.pinned_bytes
     contents = torch.randn(memory.pool.shape, generator=torch.Generator().manual_seed(6))
     blocks = [block for block in range(EXPORT.blocks) if block % 5]
-    watcher, failures = Watcher(arena.tensor, contents, blocks), list[str]()
+    watcher, failures = Watcher(arena.tensor, contents, blocks), [*_unpinned(arena, pinned, place)]
     for layer in range(EXPORT.layers):
         memory.pool[layer].copy_(_late(contents[layer], place))
         memory.publish(layer, blocks, partial(watcher.look, layer))
@@ -159,7 +160,19 @@ def check_exports(device: Device) -> Checked:
     if not torch.equal(memory.pool.cpu()[:, blocks], contents[:, blocks]):
         failures.append("KV import: the pool differs from what was received")
     memory.close()
+    if pinned and arena.tensor.is_pinned():
+        failures.append("KV arena: it is still registered with the driver after its memory was closed")
     return Checked((), tuple(failures))
+
+
+def _unpinned(arena: Arena, pinned_bytes: int, device: torch.device) -> Iterator[str]:
+    """Asks the driver beside what the memory says of itself."""
+    if device.type != "cuda":
+        return
+    if pinned_bytes != arena.tensor.nbytes:
+        yield f"KV arena: {pinned_bytes} of {arena.tensor.nbytes} bytes are registered, see arena_not_pinned in the log"
+    if not arena.tensor.is_pinned():
+        yield "KV arena: the driver does not know its memory as pinned"
 
 
 def _late(content: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -69,6 +69,7 @@ class WorkerStatus:
     resident_bytes: int
     silent_s: float  # since its last message
     lost_reason: str  # where state is GONE
+    pinned_bytes: int = 0  # of the KV arena, registered with the CUDA driver
 
 
 @dataclass(frozen=True, slots=True)

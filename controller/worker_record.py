@@ -165,4 +165,5 @@ class WorkerRecord:
             resident_bytes=load.resident_bytes,
             silent_s=max(0.0, now - max(member.heard_s, self.frame_s)),
             lost_reason=member.lost_reason,
+            pinned_bytes=load.pinned_bytes,
         )

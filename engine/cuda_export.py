@@ -1,21 +1,16 @@
 """Owns the copies between the device's pool and the arena: beside the compute, announced in order once they have ended.
 
-Never run on a GPU so far: tests cover everything but `CudaLane` and `pin`.
+Never run on a GPU so far: tests cover everything but `CudaLane`.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-
-from service_kit.logs import get_logger
-
-_log = get_logger(__name__)
 
 
 class Event(Protocol):
@@ -61,6 +56,11 @@ class Exports:
             event.synchronize()
             announce()
 
+    def abandon(self) -> None:
+        """Waits for all of them and announces none: nobody is left to hear it."""
+        while self._outstanding:
+            self._outstanding.popleft()[0].synchronize()
+
 
 def runs(blocks: Sequence[int]) -> Iterator[slice]:
     """Neighbours that ascend by one become one slice, in the order of `blocks`."""
@@ -84,13 +84,3 @@ class CudaLane:
                 each.target.copy_(each.source, non_blocking=True)
             event: Event = self._stream.record_event()
         return event
-
-
-def pin(memory: torch.Tensor, device: torch.device) -> None:
-    """Registers host memory with the driver. Without it copies are right, but the host waits for each."""
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    if code:
-        _log.warning("arena_not_pinned", bytes=memory.nbytes, cuda_error=code)
-        with suppress(RuntimeError):  # the driver keeps the error and raises it once more, at the next launch
-            torch.zeros(1, device=device)

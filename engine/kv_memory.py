@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 
 from engine.block_tables import BlockCopy
-from engine.cuda_export import Copy, CopyLane, CudaLane, Exports, pin, runs
+from engine.cuda_export import Copy, CopyLane, CudaLane, Exports, runs
+from engine.pinned_memory import PinnedMemory, cuda_pinned
 from engine.protocol import Layout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
@@ -30,6 +31,10 @@ class KvMemory(Protocol):
     @property
     def fd(self) -> int:
         """The arena's file descriptor."""
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the arena, registered with the driver; 0 where no device copies."""
 
     def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
         """`blocks` of `layer` are final. `announce` is called once the arena holds them, in the order of publication: now, in a
@@ -54,8 +59,7 @@ def open_kv_memory(layout: Layout, device: torch.device) -> KvMemory:
 def kv_memory_over(arena: Arena, device: torch.device) -> KvMemory:
     if device.type == "cpu":
         return HostKvMemory(arena)
-    pin(arena.tensor, device)
-    return DeviceKvMemory(arena, device, CudaLane(device), CudaLane(device))
+    return DeviceKvMemory(arena, device, CudaLane(device), CudaLane(device), cuda_pinned(arena.tensor, device))
 
 
 def copy_blocks(pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
@@ -74,6 +78,10 @@ class HostKvMemory:
     @property
     def fd(self) -> int:
         return self._arena.fd
+
+    @property
+    def pinned_bytes(self) -> int:
+        return 0
 
     def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
         announce()  # computed in place
@@ -95,8 +103,16 @@ class DeviceKvMemory:
     """CUDA: blocks are copied between pool and arena, those that are published beside the compute. Two lanes, since blocks that
     arrive are waited for, and what is published may have to wait for prompts in the air."""
 
-    def __init__(self, arena: Arena, device: torch.device, publications: CopyLane, arrivals: CopyLane) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        device: torch.device,
+        publications: CopyLane,
+        arrivals: CopyLane,
+        pinned: PinnedMemory | None = None,
+    ) -> None:
         self._arena = arena
+        self._pinned = pinned
         self._publications = publications
         self._arrivals = arrivals
         self._exports = Exports()
@@ -105,6 +121,10 @@ class DeviceKvMemory:
     @property
     def fd(self) -> int:
         return self._arena.fd
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pinned.size_bytes if self._pinned is not None else 0
 
     def publish(self, layer: int, blocks: Sequence[int], announce: Callable[[], None]) -> None:
         self._exports.announce_ended()
@@ -123,6 +143,9 @@ class DeviceKvMemory:
         self._arrivals.copy(copies).synchronize()
 
     def close(self) -> None:
+        self._exports.abandon()
+        if self._pinned is not None:
+            self._pinned.close()
         self._arena.close()
 
 

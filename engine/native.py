@@ -188,6 +188,7 @@ class NativeEngine:
             prefix_hits=schedule.prefix_hits,
             preemptions=schedule.preemptions,
             resident_bytes=resident_bytes(),
+            pinned_bytes=self._memory.pinned_bytes,
             prefill_token_us=self._prefill_token_us,
             key_collisions=self._tables.key_collisions,
         )

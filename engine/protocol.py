@@ -322,6 +322,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", array_like=True):
     resident_bytes: int
     prefill_token_us: float = 0.0  # of the last steps that computed prompts; 0 = there was none yet
     key_collisions: int = 0  # lookups in the prefix index that met another page under the key
+    pinned_bytes: int = 0  # of the arena, registered with the CUDA driver
 
 
 Event = (

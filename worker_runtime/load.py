@@ -60,6 +60,7 @@ class LoadBoard:
             resident_bytes=load.resident_bytes,
             key_collisions=load.key_collisions,
             prefill_token_us=load.prefill_token_us,
+            pinned_bytes=load.pinned_bytes,
         )
         self._add_tiers(report)
         return report

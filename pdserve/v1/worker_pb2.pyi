@@ -1058,6 +1058,7 @@ class LoadReport(_message.Message):
     LOADS_FIELD_NUMBER: _builtins.int
     KEY_COLLISIONS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKEN_US_FIELD_NUMBER: _builtins.int
+    PINNED_BYTES_FIELD_NUMBER: _builtins.int
     engine_step: _builtins.int
     """a hung engine is seen"""
     blocks_total: _builtins.int
@@ -1083,6 +1084,8 @@ class LoadReport(_message.Message):
     """lookups on the device that met another page under the key, since start"""
     prefill_token_us: _builtins.float
     """computing a prompt, of the last steps that did; 0 = there was none yet"""
+    pinned_bytes: _builtins.int
+    """of the KV arena, registered with the CUDA driver; 0 on a CPU, or where the driver refused (see the log)"""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Role.ValueType]: ...
     @_builtins.property
@@ -1115,10 +1118,11 @@ class LoadReport(_message.Message):
         loads: Global___TierLoads | None = ...,
         key_collisions: _builtins.int = ...,
         prefill_token_us: _builtins.float = ...,
+        pinned_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loads", b"loads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_leaked", b"blocks_leaked", "blocks_total", b"blocks_total", "draining", b"draining", "engine_step", b"engine_step", "expired_leases", b"expired_leases", "key_collisions", b"key_collisions", "loads", b"loads", "preemptions", b"preemptions", "prefill_token_us", b"prefill_token_us", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "roles", b"roles", "running", b"running", "step_ms", b"step_ms", "tiers", b"tiers", "verify_failures", b"verify_failures", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_leaked", b"blocks_leaked", "blocks_total", b"blocks_total", "draining", b"draining", "engine_step", b"engine_step", "expired_leases", b"expired_leases", "key_collisions", b"key_collisions", "loads", b"loads", "pinned_bytes", b"pinned_bytes", "preemptions", b"preemptions", "prefill_token_us", b"prefill_token_us", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "roles", b"roles", "running", b"running", "step_ms", b"step_ms", "tiers", b"tiers", "verify_failures", b"verify_failures", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
