@@ -110,6 +110,29 @@ async def test_what_measured_speeds_chose_is_told_and_can_be_asked_for_again(clu
     assert again.token_ids == by_speeds.token_ids
 
 
+def test_routing_knows_where_the_chunks_are_and_explain_says_so(cluster: Cluster) -> None:
+    wait_until(lambda: cluster.ready(3), "three workers ready")
+    body = {**BODY, "max_tokens": 1, "prompt": TOKENS[::-1], "kv_blend": {"chunks": CHUNKS}}
+    asked: list[str] = []
+
+    def held_at_prefill_worker() -> bool:
+        asked.append(f"chunks-{time.monotonic_ns()}")
+        httpx.post(f"{cluster.api_url}/v1/completions", json=body, headers={"x-request-id": asked[-1]}, timeout=60)
+        decision = _timeline(cluster, asked[-1]).records("decisions")[0]
+        held = {
+            one.integer("device_tokens") + one.integer("stored_tokens")
+            for one in decision.records("candidates")
+            if one.text("prefill_worker") == "p0" and one.has("score")
+        }
+        return decision.text("reused") == "chunks" and held == {BLENDED}
+
+    assert not held_at_prefill_worker()  # nobody had seen these chunks
+    wait_until(held_at_prefill_worker, "the chunks are known to be where the first prompt was computed")
+    explained = run_cli(cluster.state_dir, "explain", asked[-1])
+    assert "of the prompt's chunks" in explained.stdout
+    assert str(BLENDED) in explained.stdout
+
+
 def test_messages_of_a_chat_are_found_again_in_another_order(cluster: Cluster) -> None:
     wait_until(lambda: cluster.ready(3), "three workers ready")
     notes = [f"Note {number}: " + " ".join(f"line {number * at}" for at in range(40)) for number in (3, 5)]
