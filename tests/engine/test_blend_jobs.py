@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from engine.scattered_attention import open_scattered
 from kv_transfer.keys import chunk_hashes
 from tests.engine.rig import Recorder, assert_all_free, finish, open_native, sampling
 from tests.engine.rig import work as exact_work
+from tests.kv_transfer.short_keys import shortened_keys
 
 LAYERS = 3
 RATIO = 0.2
@@ -63,6 +65,16 @@ def blended(
         exact.dispatch, exact.request_id, exact.choices, exact.token_ids, exact.prompt_tokens, exact.sampling, b"",
         0, tuple(spans), BlendSpec("blend", ratio, 0),
     )  # fmt: skip
+
+
+def of_one_chunk(key: int, chunk: list[int]) -> Work:
+    exact = exact_work(key, [30, *chunk, *QUESTION], sampling(6))
+    span = ChunkSpan(1, len(chunk), keys_of(chunk))
+    return msgspec.structs.replace(exact, block_hashes=b"", chunks=(span,), blend=BlendSpec("blend", RATIO, 0))
+
+
+def keys_of(chunk: list[int]) -> bytes:
+    return chunk_hashes(bytes(32), np.array(chunk, dtype=np.int32).tobytes())
 
 
 def pass_alone(engine: NativeEngine, order: tuple[int, ...]) -> tuple[torch.Tensor, int]:
@@ -109,6 +121,34 @@ def test_chunks_are_computed_once_and_found_in_any_order(native: tuple[NativeEng
     expected, count = pass_alone(engine, (2, 0, 1))
     seen = rows(engine._memory.pool, list(started.blocks), count)
     assert torch.equal(seen, rows(expected, list(range(len(started.blocks))), count))
+
+
+def test_a_chunk_under_the_keys_of_another_one_is_computed_itself_and_changes_nothing(
+    native: tuple[NativeEngine, Recorder], model_dir: Path
+) -> None:
+    """Of each key four bits are left: the two chunks, of equal length, have the same one for each of their pages."""
+    engine, recorder = native
+    first = CHUNKS[0]
+    with shortened_keys(4):
+        draw = random.Random(3)
+        drawn = ([draw.randrange(10, 490) for _ in first] for _ in range(100_000))
+        second = next(other for other in drawn if keys_of(other) == keys_of(first))
+        finish(engine, Submit(of_one_chunk(1, first), "generate"))
+        finish(engine, Submit(of_one_chunk(2, second), "generate"))
+        assert engine.load().key_collisions == 1
+        fresh, clean = open_native(model_dir)
+        finish(fresh, Submit(of_one_chunk(2, second), "generate"))
+        count = len(first) + len(QUESTION)
+        here, there = (
+            rows(each._memory.pool, list(heard.of(Started)[-1].blocks), count)
+            for each, heard in ((engine, recorder), (fresh, clean))
+        )
+        assert torch.equal(here, there)
+        assert recorder.tokens(2) == clean.tokens(2)
+        fresh.close()
+        finish(engine, Submit(of_one_chunk(3, first), "generate"))
+    assert [started.blended_tokens for started in recorder.of(Started)] == [len(first)] * 3
+    assert recorder.tokens(3) == recorder.tokens(1)
 
 
 def test_nothing_blended_is_found_by_an_exact_request(native: tuple[NativeEngine, Recorder], model_dir: Path) -> None:
