@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,9 +14,10 @@ from controller.kv_sources import best_source, with_pulls
 from controller.membership import ConnectionLost, DeclareLost, Dial, Heard, Limits
 from controller.pending_commands import PendingCommands
 from controller.placement.snapshot import NO_REUSE, FleetSnapshot, Reuse
+from controller.session_tasks import SessionTasks
 from controller.worker_record import WorkerRecord
 from controller.worker_session import SessionEnded, WorkerSession, command_error
-from pdserve.errors import InvalidRequest, NotFound, Unavailable, WorkerLost
+from pdserve.errors import InvalidRequest, WorkerLost
 from pdserve.v1 import membership_pb2, worker_pb2
 from service_kit.logs import get_logger
 
@@ -65,9 +65,9 @@ class Fleet:
         self._limits = settings.limits
         self._clock = clock
         self._records: dict[str, WorkerRecord] = {}
-        self._serving: dict[str, asyncio.Task[None]] = {}
+        self._sessions = SessionTasks()
         self._sink: FleetSink | None = None
-        self._commands = PendingCommands()
+        self.commands = PendingCommands()
 
     def attach(self, sink: FleetSink) -> None:
         self._sink = sink
@@ -168,9 +168,7 @@ class Fleet:
             line = _Line(self, record)
             record.session = WorkerSession(record.member.address, opening, line, self._settings.credentials)
             line.session = record.session
-        self._hang_up(record.worker_id)
-        task = asyncio.create_task(self._serve(record, record.session))
-        self._serving[record.worker_id] = task
+        self._sessions.start(record.worker_id, self._serve(record, record.session))
 
     async def _serve(self, record: WorkerRecord, session: WorkerSession) -> None:
         try:
@@ -186,17 +184,12 @@ class Fleet:
             log.info("session_ended", worker_id=record.worker_id, reason=event.reason)
             self._step(record, event)
 
-    def _hang_up(self, worker_id: str) -> None:
-        task = self._serving.pop(worker_id, None)
-        if task is not None and task is not asyncio.current_task():
-            task.cancel()
-
     def _declare_lost(self, record: WorkerRecord, reason: str, *, died: bool) -> None:
         record.session = None
-        self._hang_up(record.worker_id)
+        self._sessions.end(record.worker_id)
         record.forget_load()
         error = WorkerLost(f"Worker {record.worker_id} was lost: {reason}")
-        self._commands.worker_lost(record.worker_id, error)
+        self.commands.worker_lost(record.worker_id, error)
         assert self._sink is not None
         self._sink.lost(record.worker_id, error, died=died)
 
@@ -229,7 +222,7 @@ class Fleet:
                 return
             case "result":
                 result = response.result
-                self._commands.settle(result.command_id, command_error(result) or result)
+                self.commands.settle(result.command_id, command_error(result) or result)
             case "kv":
                 if not record.holdings.apply(response.kv):
                     log.warning("kv_events_missing", worker_id=record.worker_id, sequence=response.kv.first_sequence)
@@ -238,41 +231,9 @@ class Fleet:
                 pass  # what is unknown comes from a newer worker
         record.frame_s = now
 
-    # ---- operators
-
-    async def set_roles(self, worker_id: str, roles: list[int]) -> None:
-        """Returns when the worker has done it."""
-        record = self._commandable(worker_id)
-        command_id = self._commands.expect(worker_id)
-        command = worker_pb2.SetRoles(command_id=command_id)
-        command.roles.extend(roles)  # type: ignore[arg-type]
-        self.send(worker_id, worker_pb2.SessionRequest(set_roles=command))
-        await self._commands.answer(command_id)
-        record.load.ClearField("roles")
-        record.load.roles.extend(roles)  # type: ignore[arg-type]
-        record.report(record.load, self._clock())
-
-    async def inspect(self, worker_id: str, command: worker_pb2.KvCommand) -> worker_pb2.KvAnswer:
-        """Has a worker look at its tiers, or steer them. Raises like `set_roles`."""
-        self._commandable(worker_id)
-        command.command_id = self._commands.expect(worker_id)
-        self.send(worker_id, worker_pb2.SessionRequest(kv_command=command))
-        return (await self._commands.answer(command.command_id)).kv
-
-    def drain(self, worker_id: str, deadline_s: float) -> None:
-        """From now on it gets no work; it ends by itself when what it has is done."""
-        record = self._commandable(worker_id)
-        command = worker_pb2.Drain(command_id=self._commands.next_id(), deadline_ms=round(deadline_s * 1000))
-        self.send(worker_id, worker_pb2.SessionRequest(drain=command))
+    def drain_ordered(self, record: WorkerRecord) -> None:
+        """It gets no work from now on."""
         self._step(record, membership.DrainOrdered())
-
-    def _commandable(self, worker_id: str) -> WorkerRecord:
-        record = self._records.get(worker_id)
-        if record is None:
-            raise NotFound(f"There is no worker {worker_id!r}; `pdserve status` lists them.")
-        if record.session is None or record.member.state not in ("READY", "DRAINING"):
-            raise Unavailable(f"Worker {worker_id} is {record.member.state}.", retry_after_s=1.0)
-        return record
 
     # ---- time
 
@@ -291,11 +252,7 @@ class Fleet:
                 self._sink.lost(record.worker_id, error, died=True)
 
     async def close(self) -> None:
-        tasks = list(self._serving.values())
-        self._serving.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._sessions.close()
 
 
 class _Line:

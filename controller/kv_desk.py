@@ -24,6 +24,7 @@ from controller.kv_operations import (
     WorkerHolding,
 )
 from controller.kv_status import worker_tiers
+from controller.worker_commands import WorkerCommands
 from controller.worker_record import WorkerRecord
 from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_hashes, namespace_root
 from pdserve.errors import InvalidRequest, NotFound, PdserveError, Unavailable
@@ -47,8 +48,9 @@ class _Answered:
 
 
 class KvDesk:
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, commands: WorkerCommands) -> None:
         self._fleet = fleet
+        self._commands = commands
 
     def stat(self) -> KvStat:
         return KvStat(tuple([worker_tiers(record) for record in self._reachable()]))
@@ -195,7 +197,7 @@ class KvDesk:
         own.CopyFrom(command)
         own.tiers.extend(order.tiers)
         try:
-            return _Answered(order.worker_id, await self._fleet.inspect(order.worker_id, own))
+            return _Answered(order.worker_id, await self._commands.inspect(order.worker_id, own))
         except PdserveError as error:
             return error
 

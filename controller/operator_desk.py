@@ -10,6 +10,7 @@ from controller.fleet import Fleet
 from controller.kv_desk import KvDesk
 from controller.operations import ClusterStatus, RequestSummary, RequestTimeline, RoleName, WorkerStatus
 from controller.service import ControllerService
+from controller.worker_commands import WorkerCommands
 from pdserve.errors import InvalidRequest, NotFound
 from pdserve.v1 import types_pb2
 
@@ -39,7 +40,8 @@ class OperatorDesk:
         worker_drain_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self.kv = KvDesk(fleet)
+        self._commands = WorkerCommands(fleet, clock)
+        self.kv = KvDesk(fleet, self._commands)
         self._fleet = fleet
         self._service = service
         self._identity = identity
@@ -75,12 +77,12 @@ class OperatorDesk:
     async def set_roles(self, worker_id: str, roles: tuple[RoleName, ...]) -> WorkerStatus:
         if not roles:
             raise InvalidRequest("A worker holds at least one role.", param="roles")
-        await self._fleet.set_roles(worker_id, [_ROLES[role] for role in roles])
+        await self._commands.set_roles(worker_id, [_ROLES[role] for role in roles])
         self._service.changed(worker_id)
         return self._worker(worker_id)
 
     async def drain(self, worker_id: str) -> WorkerStatus:
-        self._fleet.drain(worker_id, self._worker_drain_s)
+        self._commands.drain(worker_id, self._worker_drain_s)
         return self._worker(worker_id)
 
     def _worker(self, worker_id: str) -> WorkerStatus:
