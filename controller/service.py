@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from random import Random
@@ -17,6 +16,7 @@ from controller.dispatch_events import DispatchEvents
 from controller.dispatcher import Dispatcher
 from controller.fleet import Fleet
 from controller.live_request import LiveRequest, Reader
+from controller.named_requests import NamedRequests
 from controller.request import Begun, Delta, GenerationRequest
 from controller.request_metrics import RequestObserver
 from controller.timeline import Timeline, TimelineRing
@@ -28,8 +28,6 @@ from service_kit.logs import get_logger
 
 TICK_S = 0.1
 FLEET_METRICS_TICKS = 10
-RETAINED_S = 15.0  # finished requests whose caller may still resume
-RETAINED_REQUESTS = 512
 LONGEST_LINGER_S = 30.0
 
 log = get_logger(__name__)
@@ -69,8 +67,7 @@ class ControllerService:
         self._losses = WorkerLosses(fleet, self._dispatcher, clock)
         self._events = DispatchEvents(self._table, self._dispatcher, observer, clock)
         self._dispatcher.on_done = self._done
-        self._by_id: dict[str, LiveRequest] = {}
-        self._retained: OrderedDict[str, tuple[float, LiveRequest]] = OrderedDict()
+        self._named = NamedRequests()
         self._numbers = itertools.count(1)
         self._draining = False
         self._ended = asyncio.Event()  # a request has
@@ -93,7 +90,7 @@ class ControllerService:
             self._close(reader)
 
     async def cancel(self, request_id: str) -> bool:
-        live = self._by_id.get(request_id)
+        live = self._named.live(request_id)
         if live is None:
             return False
         self._dispatcher.cancel(live)
@@ -113,7 +110,7 @@ class ControllerService:
 
     def _open(self, request: GenerationRequest) -> Reader:
         if request.next_index:
-            live = self._by_id.get(request.request_id) or self._retained_live(request.request_id)
+            live = self._named.resumable(request.request_id)
             if live is not None:
                 return self._attach(live, request)
         try:
@@ -146,7 +143,7 @@ class ControllerService:
         key = self._settings.key_prefix << 32 | next(self._numbers) & 0xFFFFFFFF
         live = LiveRequest(key, request, self._vocabulary, timeline, self._settings.max_attempts)
         self._table.add_live(live)
-        self._by_id[request.request_id] = live
+        self._named.add(live)
         self.timelines.add(timeline)
         self._observer.accepted(live)
         self._set_deadline(live)
@@ -182,17 +179,7 @@ class ControllerService:
         self._ended.set()
         for timer in live.timers:
             timer.cancel()
-        request_id = live.request.request_id
-        if self._by_id.get(request_id) is live:
-            del self._by_id[request_id]
-        if live.request.linger_s > 0 and live.error is None:
-            self._retained[request_id] = (self._clock() + RETAINED_S, live)
-            while len(self._retained) > RETAINED_REQUESTS:
-                self._retained.popitem(last=False)
-
-    def _retained_live(self, request_id: str) -> LiveRequest | None:
-        kept = self._retained.get(request_id)
-        return kept[1] if kept is not None else None
+        self._named.ended(live, self._clock())
 
     # ---- what the fleet says (`controller.fleet.FleetSink`)
 
@@ -237,11 +224,7 @@ class ControllerService:
         self._note_presence()
         now = self._clock()
         self._dispatcher.tick(now, self._absent_since_s)
-        while self._retained:
-            request_id, (until_s, _) = next(iter(self._retained.items()))
-            if until_s > now:
-                break
-            del self._retained[request_id]
+        self._named.expire(now)
 
     async def drain(self, deadline_s: float) -> None:
         """Takes no new requests and returns when the last one has ended, or has been cancelled at the deadline."""
