@@ -42,6 +42,10 @@ class Truncation:
         temperature, top_k, top_p, log_min_p = columns.unsqueeze(2).unbind(1)
         return cls(peak.double().unsqueeze(1), temperature, top_k, top_p, log_min_p)
 
+    def is_off(self, vocab: int) -> bool:
+        """Whether every token of every row may be drawn."""
+        return bool(((self.top_k >= vocab) & (self.top_p == math.inf) & (self.log_min_p == -math.inf)).all())
+
     def rows(self, rows: torch.Tensor) -> Truncation:
         return Truncation(
             self.peak[rows], self.temperature[rows], self.top_k[rows], self.top_p[rows], self.log_min_p[rows]

@@ -46,13 +46,21 @@ def uniform_bits(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
 
 def gumbel(bits: torch.Tensor) -> torch.Tensor:
     """-ln(-ln u), u = (bits + 1/2) / 2**32, float64."""
-    uniform = (bits.double() + 0.5) * (1.0 / _BITS_LIMIT)
-    return -_ln(-_ln(uniform))
+    return -_ln(-_ln(_uniform(bits)))
+
+
+def rough_gumbel(bits: torch.Tensor) -> torch.Tensor:
+    """`gumbel` within 1e-12, by the device's own logarithm: at a fifth of the cost, with bits of its own."""
+    return _uniform(bits).log_().neg_().log_().neg_()
 
 
 def bits_for(noise: torch.Tensor) -> torch.Tensor:
     """Bits below these give less than `noise` (float64). Errs by a few bits, always downwards."""
     return (torch.exp(-torch.exp(-noise)) * _BITS_LIMIT).floor().long() - 2
+
+
+def _uniform(bits: torch.Tensor) -> torch.Tensor:
+    return bits.double().add_(0.5).mul_(1.0 / _BITS_LIMIT)
 
 
 def _ln(value: torch.Tensor) -> torch.Tensor:

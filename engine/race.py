@@ -1,7 +1,8 @@
 """Owns the race of the tokens of each row: the highest logit / temperature + noise wins, of equal ones the lowest id.
 
 It is run among the first few by rank. Where the others may be drawn too, the best so far bounds what they need: only tokens whose
-random bits reach that are looked at, and nothing is sorted.
+random bits reach that are looked at, and nothing is sorted. Where all may be drawn, and they are few, all run at once: with the
+device's own logarithm, which tells all but those that come in together with the first.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from engine.candidates import Candidates, Truncation, candidates_of
-from engine.noise import MAX_NOISE, bits_for, gumbel, uniform_bits
+from engine.noise import MAX_NOISE, bits_for, gumbel, rough_gumbel, uniform_bits
 
 PASS_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of rows looked at whole: on a CPU they should stay in its caches
 _DEPTH = 256  # tokens ranked at first; most distributions of a language model end before
+_ALL_ELEMENTS = 1 << 16  # of rows that are run whole: with more, ranking them first costs no more
+_TOGETHER = 1e-9  # far above what two logarithms of float64 differ by: scores that near the best are at most 26
 _DEEPER = 8  # times as many at each further try, for a large top_k
 
 
@@ -40,6 +43,8 @@ class Race:
 
     def winners(self) -> torch.Tensor:
         """Token ids, int64 [n]."""
+        if self.logits.numel() <= _ALL_ELEMENTS and self.truncation.is_off(self.logits.shape[1]):
+            return self._winners_of_all()
         token_ids = self.logits.new_empty(len(self.logits), dtype=torch.int64)
         waiting = torch.arange(len(token_ids), device=token_ids.device)
         race, depth = self, _DEPTH
@@ -48,6 +53,20 @@ class Race:
             undecided = (~decided).nonzero().squeeze(1)
             waiting, race, depth = waiting[undecided], race._rows(undecided), depth * _DEEPER
         return token_ids
+
+    def _winners_of_all(self) -> torch.Tensor:
+        """The same where nothing is truncated."""
+        vocab = self.logits.shape[1]
+        bits = uniform_bits(self.keys, torch.arange(vocab, device=self.logits.device))
+        scaled = self.truncation.scaled(self.logits)
+        rough = scaled + rough_gumbel(bits)
+        rows, token_ids = (rough >= rough.amax(1, keepdim=True) - _TOGETHER).nonzero().unbind(1)
+        if len(token_ids) == len(self.logits):
+            return token_ids
+        scores = scaled[rows, token_ids] + gumbel(bits[rows, token_ids])
+        best = scores.new_full((len(self.logits),), -math.inf).scatter_reduce(0, rows, scores, "amax")
+        lowest = token_ids.new_full((len(self.logits),), vocab)
+        return lowest.scatter_reduce(0, rows, token_ids.masked_fill(scores < best[rows], vocab), "amin")
 
     def _rows(self, rows: torch.Tensor) -> Race:
         return Race(self.logits[rows], self.truncation.rows(rows), self.keys[rows])
