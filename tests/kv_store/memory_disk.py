@@ -1,11 +1,12 @@
 """Owns the in-memory twin of kv_store.disk.posix: it crashes at a chosen operation, keeps what a real disk might keep of what was
-not synced, and fails with the errors it is told."""
+not synced, and fails with the errors, or hangs in the operation, that it is told."""
 
 from __future__ import annotations
 
 import errno
 import os
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,6 +19,7 @@ Operation = Literal["open", "read", "write", "resize", "sync", "rename", "remove
 # What is left of unsynced writes: nothing; all (the process died, the machine did not); whole writes in any order; pieces of them.
 Survival = Literal["nothing", "all", "writes", "sectors", "blocks"]
 SURVIVALS: tuple[Survival, ...] = ("nothing", "all", "writes", "sectors", "blocks")
+_HANG_S = 120.0
 _PIECE_BYTES = {"sectors": 512, "blocks": 4096}
 
 
@@ -36,6 +38,20 @@ class Content:
     bad: set[int] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class Hang:
+    """An operation that does not end before it is let go."""
+
+    operation: Operation
+    entered: threading.Event = field(default_factory=threading.Event)
+    let_go: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, operation: Operation) -> None:
+        if operation == self.operation:
+            self.entered.set()
+            assert self.let_go.wait(_HANG_S), "nobody let it go"
+
+
 class MemoryDisk:
     """Implements kv_store.disk.device.Disk. crash_at: ordinal of the changing operation that does not end any more."""
 
@@ -43,6 +59,7 @@ class MemoryDisk:
         self.alignment = alignment
         self.files = files if files is not None else {}
         self.faults: dict[Operation, int] = {}  # errno by operation, until removed
+        self.hang: Hang | None = None
         self.operations = 0
         self.peak_bytes = 0
         self.crashed = False
@@ -79,6 +96,8 @@ class MemoryDisk:
 
     def enter(self, operation: Operation) -> None:
         self.check()
+        if self.hang is not None:
+            self.hang(operation)
         if operation in self.faults:
             raise OSError(self.faults[operation], os.strerror(self.faults[operation]))
 

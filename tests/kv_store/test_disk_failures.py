@@ -6,6 +6,8 @@ import errno
 import mmap
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,16 @@ from kv_store.disk.device import Disk
 from kv_store.disk.disk_tier import DiskTier
 from kv_store.disk.layout import DiskLimits, layout_of
 from kv_store.disk.posix import PosixDisk, posix_mount
+from kv_store.host_tier import HostTier
 from kv_store.lru import Lru
 from kv_store.tier import TierFailed
+from kv_store.tier_index import TierIndex
+from kv_store.tiered_store import TieredStore
 from pdserve.errors import ConfigInvalid
 from tests.kv_store.chains import ALIGNED, SMALL, bytes_of, key_of, page_of
-from tests.kv_store.memory_disk import MemoryDisk, Operation
+from tests.kv_store.memory_disk import Hang, MemoryDisk, Operation
 
+SOON_S = 60.0  # of a busy machine, for what waits for nobody
 LIMITS = DiskLimits(capacity_bytes=275_000, segment_bytes=4096 + 4 * 8192)
 
 
@@ -172,6 +178,35 @@ def test_a_closed_tier_stores_and_finds_nothing() -> None:
     bench.tier.close()
     bench.tier.close()
     assert (bench.write(1), bench.read(0), bench.tier.present([page_of(0).id])) == (0, 0, 0)
+
+
+# ---- a disk that hangs
+
+
+@pytest.mark.parametrize("operation", ["write", "sync"])
+def test_a_load_does_not_wait_for_a_store_that_the_disk_holds_up(operation: Operation) -> None:
+    """Through the store as a worker has it: pages that left the host tier, while the thread that writes them down hangs."""
+    bench = Bench(MemoryDisk())
+    host = HostTier(SMALL, TierIndex(2 * SMALL.size_bytes, Lru(), ttl_s=3600.0), lambda change, pages: None)
+    store = TieredStore(host, [bench.tier], SMALL.size_bytes)
+    store.save([page_of(0), page_of(1)], [bytes_of(0), bytes_of(1)])
+    assert store.settle(time.monotonic() + SOON_S)
+    host.remove([key_of(0), key_of(1)])
+    bench.disk.hang = hang = Hang(operation)
+    into = [SMALL.empty(), SMALL.empty()]
+    with ThreadPoolExecutor(1) as loads:
+        try:
+            store.save([page_of(4)], [bytes_of(4)])
+            assert hang.entered.wait(SOON_S)
+            loading = loads.submit(store.load, [page_of(0).id, page_of(1).id], into, float("inf"))
+            assert loading.result(SOON_S).by_tier == {"disk": 2}
+            assert bench.tier.present([page_of(4).id]) == 0  # the store still hangs
+        finally:
+            hang.let_go.set()
+    assert all((into[at] == bytes_of(at)).all() for at in (0, 1))
+    assert store.settle(time.monotonic() + SOON_S)
+    assert bench.read(4) == 1
+    store.close()
 
 
 # ---- the real disk
