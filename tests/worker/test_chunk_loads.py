@@ -77,7 +77,7 @@ async def test_the_work_goes_to_the_engine_with_its_loads_while_they_are_read(li
 async def test_a_load_that_is_stuck_is_told_late_at_the_deadline_and_ended_when_it_is_over(link: LinkTwin) -> None:
     shelf, stuck = shelf_with(link, 1), threading.Event()
     shelf.before_read = lambda: (stuck.wait(DEADLINE_S) and None) or None
-    tiers = opened_tiers(link, shelf, load_deadline_s=0.05)
+    tiers = opened_tiers(link, shelf, load_deadline_s=1.0)
     tiers.submit(Submit(work(), "prefill"))
     await link.until(lambda: "PagesLate" in link.names())
     assert submitted(link).loads == (0, 1, 0)
