@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import errno
-import mmap
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from kv_store.disk.device import Disk
 from kv_store.disk.disk_tier import DiskTier
 from kv_store.disk.layout import DiskLimits, layout_of
-from kv_store.disk.posix import PosixDisk, posix_mount
 from kv_store.host_tier import HostTier
 from kv_store.lru import Lru
 from kv_store.tier import TierFailed
 from kv_store.tier_index import TierIndex
 from kv_store.tiered_store import TieredStore
 from pdserve.errors import ConfigInvalid
-from tests.kv_store.chains import ALIGNED, SMALL, bytes_of, key_of, page_of
+from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of
 from tests.kv_store.memory_disk import Hang, MemoryDisk, Operation
 
 SOON_S = 60.0  # of a busy machine, for what waits for nobody
@@ -207,81 +201,6 @@ def test_a_load_does_not_wait_for_a_store_that_the_disk_holds_up(operation: Oper
     assert store.settle(time.monotonic() + SOON_S)
     assert bench.read(4) == 1
     store.close()
-
-
-# ---- the real disk
-
-
-def posix_tier(folder: Path, clock_s: float = 1000.0) -> DiskTier:
-    return DiskTier(posix_mount(folder), SMALL, LIMITS, Lru(), lambda change, pages: None, lambda: clock_s)
-
-
-def test_a_file_in_place_of_the_directory_turns_the_tier_off(tmp_path: Path) -> None:
-    (tmp_path / "disk").write_text("not a directory")
-    tier = posix_tier(tmp_path / "disk")
-    assert tier.counters.failures == 1
-    assert tier.write([page_of(0)], [bytes_of(0)]) == 0
-    assert tier.used_bytes() == 0
-
-
-def test_a_directory_has_one_owner(tmp_path: Path) -> None:
-    first = posix_tier(tmp_path)
-    first.write([page_of(0)], [bytes_of(0)])
-    second = posix_tier(tmp_path)
-    assert (second.counters.failures, second.present([page_of(0).id])) == (1, 0)
-    first.close()
-    third = posix_tier(tmp_path)
-    assert third.present([page_of(0).id]) == 1
-    third.close()
-
-
-@pytest.mark.parametrize("shift_bytes", [0, 8])
-def test_pages_that_lie_aligned_or_not_go_to_a_real_disk_and_back(tmp_path: Path, shift_bytes: int) -> None:
-    """Aligned rows go past the tier's own buffers."""
-    limits = DiskLimits(capacity_bytes=2**20, segment_bytes=2**17)
-    tier = DiskTier(posix_mount(tmp_path), ALIGNED, limits, Lru(), lambda change, pages: None)
-    memory = np.frombuffer(mmap.mmap(-1, 8 * 4096), dtype=np.uint8)
-    rows = memory[shift_bytes : shift_bytes + 4 * 4096].reshape(2, 2 * 4096)[:, :4096]
-    rows[:] = bytes_of(0, ALIGNED)
-    assert tier.write([page_of(0)], [rows]) == 1
-    rows[:] = 0
-    assert tier.read([page_of(0).id], [rows]) == 1
-    assert (rows == bytes_of(0, ALIGNED)).all()
-    assert not memory[shift_bytes + 4096 : shift_bytes + 2 * 4096].any()
-    tier.close()
-
-
-CHILD = """
-import resource, sys
-from pathlib import Path
-from tests.kv_store.test_disk_failures import bytes_of, page_of, posix_tier
-from kv_store.tier import TierFailed
-tier = posix_tier(Path(sys.argv[1]))
-assert tier.write([page_of(0)], [bytes_of(0)]) == 1
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    tier.write([page_of(number) for number in range(1, 9)], [bytes_of(number) for number in range(1, 9)])
-except TierFailed as failed:
-    print("failed", tier.present([page_of(0).id]), tier.write([page_of(1)], [bytes_of(1)]), tier.counters.failures)
-"""
-
-
-def test_a_real_limit_of_the_kernel_turns_stores_off_and_nothing_else(tmp_path: Path) -> None:
-    """Files beyond the limit cannot grow: the second segment gets EFBIG."""
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "disk")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
-    assert done.stdout.split()[-4:] == ["failed", "1", "0", "1"], done.stderr
-    tier = posix_tier(tmp_path / "disk")
-    assert tier.present([page_of(0).id]) == 1
-    tier.close()
-
-
-def test_a_probe_leaves_nothing_behind_and_tells_what_the_file_system_takes(tmp_path: Path) -> None:
-    disk = PosixDisk(tmp_path)
-    assert disk.alignment in (1, 4096)
-    assert disk.sizes() == {}
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-    disk.close()
 
 
 # ---- sizes
