@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <new>
 #include <vector>
@@ -338,16 +339,28 @@ struct Panel {
 
 constexpr int FEW = LANES / 2;  // so few queries would leave most lanes empty: lanes are keys instead, with the same sums
 constexpr int MOST_PANELS = 8;  // of one thread: of one KV head, whose keys they read together, or of neighbouring KV heads
+constexpr int MOST_UNITS_PER_THREAD = 4;  // about, where there are enough panels
+constexpr double EVEN = 1.1;  // of the busiest thread: to read keys again for a finer cut costs more
 
 // What the next tile reads, fetched row by row while this one is computed: memory and sums would else take turns.
 struct Ahead {
   const char* rows[2 * TILE];  // keys, then values
   int count, done, bytes;
+  int at, burst;  // bytes of the next row that are fetched already; how many lines fetch_lines takes
 
   inline __attribute__((always_inline)) void fetch_row(int end) {
     if (done >= end) return;
     const char* row = rows[done++];
     for (int b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+  }
+
+  inline __attribute__((always_inline)) void fetch_lines() {
+    if (done >= count) return;
+    for (int i = 0; i < burst && done < count; i++) {
+      __builtin_prefetch(rows[done] + at, 0, 2);
+      at += LINE;
+      if (at >= bytes) at = 0, done++;
+    }
   }
 };
 
@@ -544,6 +557,7 @@ static void look_ahead(const Attention& a, const int32_t* blocks, int kv_head, i
   next.bytes = a.dim * size;
   next.count = 2 * tokens;
   next.done = 0;
+  next.at = 0;
   int page = position / a.page_tokens, offset = position % a.page_tokens;
   for (int t = 0; t < tokens; page++, offset = 0) {
     const char* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
@@ -693,7 +707,16 @@ static void attend_tile(int dim, long position, int tokens, Panel& p, Scratch& s
   }
   if (position < p.most_begin || position + TILE > p.least_end) mask_tile(position, tokens, p, scores, s.highest);
   weigh_tile(dim, tokens, p, scores, s.highest);
-  add_all_values(scores, Copied{s.value.data(), dim}, dim, tokens, p.queries, p.sum.data(), [] {});
+  add_all_values(scores, Copied{s.value.data(), dim}, dim, tokens, p.queries, p.sum.data(), [&s] { s.next.fetch_lines(); });
+}
+
+// Lines to fetch at every value that is added, so that the next tile is there when this one is done.
+static int burst_of(const Attention& a, const Scratch& s) {
+  const int heads = s.panels[s.used - 1].kv_head - s.panels[0].kv_head + 1;
+  const int size = a.element == FLOAT32 ? 4 : a.element == BFLOAT16 ? 2 : 1;
+  const int additions = s.used / heads * ((s.panels[0].queries + 5) / 6) * ((a.dim + WIDE * LANES - 1) / (WIDE * LANES));
+  const int lines = 2 * ((a.dim * size + static_cast<int>(LINE) - 1) / static_cast<int>(LINE));  // of a token
+  return (lines + additions - 1) / additions;
 }
 
 // `sum` and `lse` of every panel over the keys of one chunk; -inf where a query sees none of them.
@@ -708,25 +731,26 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
     std::fill(p.total, p.total + PANEL, 0.0f);
   }
   const long stop = std::min<long>(static_cast<long>(chunk + 1) * CHUNK, last);
+  const int burst = burst_of(a, s);
   for (long position = static_cast<long>(chunk) * CHUNK; position < stop; position += TILE) {
     const int tokens = static_cast<int>(std::min<long>(TILE, stop - position));
     if (position + tokens <= first) continue;
-    int copied = -1;
+    int read = -1;
     for (int i = 0; i < s.used; i++) {
       Panel& p = s.panels[i];
       if (position >= p.most_end) continue;
-      const bool ahead = s.panels[s.used - 1].kv_head > p.kv_head;
-      if (s.few) {
+      if (p.kv_head != read) {
+        const bool ahead = s.panels[s.used - 1].kv_head > p.kv_head;
         const long after = ahead ? position : position + TILE;
-        const long left = std::min<long>(TILE, last - after);  // of this chunk or the next
-        look_ahead(a, blocks, s.panels[ahead ? i + 1 : 0].kv_head, static_cast<int>(after),
-                   ahead ? tokens : static_cast<int>(std::max(0L, left)), s.next);
-        attend_few_of(a, blocks, position, tokens, p, s);
-        continue;
+        const long left = ahead ? tokens : std::max(0L, std::min<long>(TILE, last - after));  // of this chunk or the next
+        look_ahead(a, blocks, ahead ? p.kv_head + 1 : s.panels[0].kv_head, static_cast<int>(after), static_cast<int>(left), s.next);
+        if (ahead && !s.few) s.next.count = 0;  // the copy fetches them
+        s.next.burst = burst;
+        if (!s.few) copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
+        read = p.kv_head;
       }
-      if (p.kv_head != copied) copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
-      copied = p.kv_head;
-      attend_tile(a.dim, position, tokens, p, s);
+      if (s.few) attend_few_of(a, blocks, position, tokens, p, s);
+      else attend_tile(a.dim, position, tokens, p, s);
     }
   }
   for (int i = 0; i < s.used; i++) {
@@ -812,6 +836,7 @@ static void write_row(Element* pool, const float* from_key, const float* from_va
 // A unit of work: the queries from `first` on of one task, so many panels of them, for so many KV heads.
 struct Unit {
   int task, kv_head, heads, first, panels;
+  long work;
 };
 
 static void attention_unit(const Attention& a, const Unit& unit, Scratch& s) {
@@ -837,22 +862,57 @@ static void attention_unit(const Attention& a, const Unit& unit, Scratch& s) {
   for (int i = 0; i < s.used; i++) close_panel(a, task, s.panels[i]);
 }
 
-// Panels of one KV head and neighbouring heads go together, as long as all threads have work.
-static std::vector<Unit> cut_units(const Attention& a) {
+// The work of `queries` of one KV head and task from `first` on: vectors of queries times keys that the last of them sees.
+static long work_of(const Attention& a, int task, int first, int queries) {
   const int group = a.heads / a.kv_heads;
-  long panels = 0;
-  for (int task = 0; task < a.tasks; task++) panels += (a.task_counts[task] * group + PANEL - 1) / PANEL;
-  const long spare = panels * a.kv_heads / (4 * omp_get_max_threads());
-  const int together = static_cast<int>(std::max(1L, std::min<long>(MOST_PANELS, spare)));
+  const int32_t *rows = a.rows + a.task_rows[task], *chunks = a.task_chunks + 2 * task;
+  const long begin = std::max<long>(chunks[0] * static_cast<long>(CHUNK), a.begins[rows[first / group]]);
+  const long end = std::min<long>(chunks[1] * static_cast<long>(CHUNK), a.ends[rows[(first + queries - 1) / group]]);
+  return std::max(1L, end - begin) * vectors_of(queries);
+}
+
+// Panels of one KV head and neighbouring heads go together in units of up to `most` work, the largest unit first.
+static std::vector<Unit> cut_units(const Attention& a, long most) {
+  const int group = a.heads / a.kv_heads;
+  const auto parts = [](long all, long each) { return static_cast<int>((all + each - 1) / each); };
   std::vector<Unit> units;
   for (int task = 0; task < a.tasks; task++) {
-    const int all = a.task_counts[task] * group;
-    const int here = std::min(together, (all + PANEL - 1) / PANEL), heads = std::min(together / here, a.kv_heads);
+    const int all = a.task_counts[task] * group, panels = parts(all, PANEL);
+    const long each = std::max(1L, work_of(a, task, 0, all) / panels), together = std::clamp<long>(most / each, 1, MOST_PANELS);
+    const int here = parts(panels, parts(panels, together));
+    const int heads = parts(a.kv_heads, parts(a.kv_heads, together / here));
     for (int first = 0; first < all; first += PANEL * here)
-      for (int head = 0; head < a.kv_heads; head += heads)
-        units.push_back({task, head, std::min(heads, a.kv_heads - head), first, here});
+      for (int head = 0; head < a.kv_heads; head += heads) {
+        const int taken = std::min(heads, a.kv_heads - head);
+        units.push_back({task, head, taken, first, here, work_of(a, task, first, std::min(PANEL * here, all - first)) * taken});
+      }
   }
+  std::stable_sort(units.begin(), units.end(), [](const Unit& one, const Unit& two) { return one.work > two.work; });
   return units;
+}
+
+// The busiest thread's work against an even share, where each thread that is done takes the next unit: from 1 up to the threads.
+static double unevenness_of(const std::vector<Unit>& units, int threads) {
+  std::vector<long> loads(threads, 0);  // a heap, the least on top
+  long most = 0, all = 0;
+  for (const Unit& unit : units) {
+    std::pop_heap(loads.begin(), loads.end(), std::greater<long>());
+    most = std::max(most, loads.back() += unit.work);
+    all += unit.work;
+    std::push_heap(loads.begin(), loads.end(), std::greater<long>());
+  }
+  return static_cast<double>(most) * threads / static_cast<double>(all);
+}
+
+// The coarsest cut that keeps threads even: what goes together is read once, but a prefix that many rows share is most of a step.
+static std::vector<Unit> even_units(const Attention& a) {
+  const int threads = omp_get_max_threads();
+  long all = 0;
+  for (int task = 0; task < a.tasks; task++) all += work_of(a, task, 0, a.task_counts[task] * (a.heads / a.kv_heads)) * a.kv_heads;
+  for (int per_thread = 1;; per_thread *= 2) {
+    std::vector<Unit> units = cut_units(a, all / threads / per_thread);
+    if (per_thread == MOST_UNITS_PER_THREAD || unevenness_of(units, threads) <= EVEN) return units;
+  }
 }
 
 extern "C" {
@@ -910,16 +970,19 @@ void kernels_write(const float* keys, const float* values, long rows, long key_s
   }
 }
 
+// Of the call that is given to kernels_attention, by its count of the work: see unevenness_of.
+double kernels_attention_unevenness(const Attention* given) { return unevenness_of(even_units(*given), omp_get_max_threads()); }
+
 // Runs all tasks, then merges the slots of `merged_rows`: row i has slots [starts[i], starts[i + 1]), in the order of their chunks.
 void kernels_attention(const Attention* given, const int32_t* merged_rows, const int32_t* starts, int merged_count) {
   const Attention& a = *given;
-  const std::vector<Unit> units = cut_units(a);
+  const std::vector<Unit> units = even_units(a);
 #pragma omp parallel
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
     for (size_t unit = 0; unit < units.size(); unit++)
-      attention_unit(a, units[units.size() - 1 - unit], scratch);  // the longest of a prompt come last: they go first
+      attention_unit(a, units[unit], scratch);
 #pragma omp for schedule(static)
     for (long item = 0; item < static_cast<long>(merged_count) * a.heads; item++) {
       const long index = item / a.heads, head = item % a.heads;

@@ -98,6 +98,7 @@ class Kernels:
         self.panel = int(library.kernels_panel())
         self.lanes = int(library.kernels_lanes())
         self.chunk = int(library.kernels_chunk())
+        library.kernels_attention_unevenness.restype = ctypes.c_double
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """weight: [columns, k] float32 or bfloat16; bias: [columns]."""
@@ -174,23 +175,12 @@ class Kernels:
 
     def attention(self, query: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks) -> torch.Tensor:
         """query [rows, heads, dim] float32, pool of one layer [block, 2, page token, kv_head, dim] -> [rows, heads, dim]."""
-        rows, heads, dim = query.shape
-        _, _, page_tokens, kv_heads, pool_dim = pool.shape
-        assert query.dtype == torch.float32
-        assert query.stride()[1:] == (dim, 1)
-        assert pool.is_contiguous()
-        assert dim == pool_dim
-        assert not dim % self.lanes
-        output = torch.empty(rows, heads, dim)
-        partial = torch.empty(tasks.slot_count, heads, dim)
-        partial_lse = torch.empty(tasks.slot_count, heads)
-        call = _Attention(
-            query.data_ptr(), query.stride(0), pool.data_ptr(), _ELEMENTS[pool.dtype], heads, kv_heads, dim, page_tokens,
-            dim**-0.5, tasks.begins.data_ptr(), tasks.ends.data_ptr(), len(tasks.task_rows), tasks.task_rows.data_ptr(),
-            tasks.task_counts.data_ptr(), tasks.task_blocks.data_ptr(), tasks.task_chunks.data_ptr(),
-            tasks.task_slots.data_ptr(), tasks.rows.data_ptr(), tasks.blocks.data_ptr(), tasks.slots.data_ptr(),
-            partial.data_ptr(), partial_lse.data_ptr(), output.data_ptr(),
-        )  # fmt: skip
+        assert not query.shape[2] % self.lanes
+        output = torch.empty(query.shape)
+        partial = torch.empty(tasks.slot_count, *query.shape[1:])
+        partial_lse = torch.empty(tasks.slot_count, query.shape[1])
+        call = _attention_call(query, pool, tasks)
+        call.partial, call.partial_lse, call.output = partial.data_ptr(), partial_lse.data_ptr(), output.data_ptr()
         self._library.kernels_attention(
             ctypes.byref(call),
             _pointer(tasks.merged_rows),
@@ -198,6 +188,25 @@ class Kernels:
             len(tasks.merged_rows),
         )
         return output
+
+    def unevenness(self, query: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks) -> float:
+        """Of the same call: the work of the busiest thread against an even share, as the kernels count it before they begin."""
+        return float(self._library.kernels_attention_unevenness(ctypes.byref(_attention_call(query, pool, tasks))))
+
+
+def _attention_call(query: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks) -> _Attention:
+    _, heads, dim = query.shape
+    _, _, page_tokens, kv_heads, pool_dim = pool.shape
+    assert query.dtype == torch.float32
+    assert query.stride()[1:] == (dim, 1)
+    assert pool.is_contiguous()
+    assert dim == pool_dim
+    return _Attention(
+        query.data_ptr(), query.stride(0), pool.data_ptr(), _ELEMENTS[pool.dtype], heads, kv_heads, dim, page_tokens,
+        dim**-0.5, tasks.begins.data_ptr(), tasks.ends.data_ptr(), len(tasks.task_rows), tasks.task_rows.data_ptr(),
+        tasks.task_counts.data_ptr(), tasks.task_blocks.data_ptr(), tasks.task_chunks.data_ptr(),
+        tasks.task_slots.data_ptr(), tasks.rows.data_ptr(), tasks.blocks.data_ptr(), tasks.slots.data_ptr(),
+    )  # fmt: skip
 
 
 def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:

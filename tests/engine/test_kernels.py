@@ -288,6 +288,27 @@ def test_few_queries_have_the_bits_of_many_whatever_their_number(kernels: Kernel
             assert torch.equal(attended(kernels, alone)[0], together[row])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("batch", [2, 3, 5, 8, 16, 24, 32, 48, 64, 96, 128])
+def test_threads_have_even_work_however_many_rows_share_a_prefix(kernels: Kernels, batch: int, threads: int) -> None:
+    pages = kernels.chunk // PAGE
+    trunk = np.arange(5 * pages, dtype=np.int32)
+    readers = [
+        Reader(row, 1, 5 * kernels.chunk, np.append(trunk, np.int32(len(trunk) + row)).astype(np.int32))
+        for row in range(batch)
+    ]
+    pool, query = torch.zeros(len(trunk) + batch, 2, PAGE, 4, 16), torch.zeros(batch, 12, 16)
+    ends = torch.full((batch,), 5 * kernels.chunk + 1, dtype=torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tasks = plan(readers, Cut(kernels.chunk, PAGE, 0, -(-2 * threads // 4)))
+        arrays = task_arrays(tasks, readers, torch.zeros_like(ends), ends)
+        assert kernels.unevenness(query, pool, arrays) < 1.15
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_garbage_behind_the_last_token_is_never_seen(kernels: Kernels) -> None:
     one = tree(random.Random(7), kernels)
     wanted = attended(kernels, one)
