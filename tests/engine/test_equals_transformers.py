@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from engine.attention_plan import Cut, Reader, TaskList, plan
 from engine.protocol import StepTokens
 from tests.engine.rig import (
     MIB,
@@ -28,6 +29,7 @@ from tests.engine.rig import (
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 100, 511, 512, 513, 2000)
 NEW_TOKENS = 6
+DOCUMENT_TOKENS = 1600  # whole blocks, more than two of the chunks of keys (768) by which attention is shared
 MODELS = (*families(), "shipped")
 
 
@@ -91,6 +93,47 @@ def test_a_mixed_batch_of_all_lengths(models: dict[str, Checked], name: str, set
     prompts = prompts_of(checked, LENGTHS)
     generate(engine, *(work(key, prompt, sampling(NEW_TOKENS, logprobs=20)) for key, prompt in enumerate(prompts)))
     for key, prompt in enumerate(prompts):
+        assert_greedy(checked, prompt, recorder, key)
+    assert_all_free(engine)
+    engine.close()
+
+
+class Plans:
+    """Plans as the engine does, and keeps how many prompts were read together at most."""
+
+    def __init__(self) -> None:
+        self.most_together: dict[int, int] = {}  # by window
+
+    def __call__(self, readers: Sequence[Reader], cut: Cut) -> TaskList:
+        tasks = plan(readers, cut)
+        together = max(len(members) for members in tasks.members)
+        self.most_together[cut.window] = max(together, self.most_together.get(cut.window, 0))
+        return tasks
+
+
+@pytest.mark.parametrize("chunk", [0, 200])
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_over_one_document_that_share_its_attention_and_reuse_its_blocks(
+    models: dict[str, Checked], name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = Plans()
+    monkeypatch.setattr("engine.kernel_attention.plan", plans)
+    checked = models[name]
+    document, *questions = prompts_of(checked, (DOCUMENT_TOKENS, 3, 16, 21, 40))
+    prompts = [document + question for question in questions]
+    settings = {"prefill_chunk": chunk, "token_budget": 4096, "shared_prefix_attention": True, "prefix_reuse": True}
+    engine, recorder = open_native(checked.directory, settings, kv_bytes=64 * MIB)
+    drawn = sampling(NEW_TOKENS, logprobs=20)
+    generate(engine, work(0, prompts[0], drawn))
+    assert engine.load().prefix_hits == 0
+    generate(engine, *(work(key, prompt, drawn) for key, prompt in enumerate(prompts[1:], start=1)))
+    assert engine.load().prefix_hits == (len(prompts) - 1) * DOCUMENT_TOKENS
+    again = range(len(prompts), 2 * len(prompts))
+    generate(engine, *(work(key, prompt, drawn) for key, prompt in zip(again, prompts, strict=True)))
+    assert engine.load().prefix_hits >= (2 * len(prompts) - 1) * DOCUMENT_TOKENS
+    for window, rows in plans.most_together.items():
+        assert rows == (1 if window else len(prompts))  # nothing is shared in a window
+    for key, prompt in enumerate([*prompts, *prompts]):
         assert_greedy(checked, prompt, recorder, key)
     assert_all_free(engine)
     engine.close()
