@@ -3,10 +3,11 @@
 import io
 import re
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 WORD = re.compile(r"[A-Za-z]{2,}")
 MIN_LOOP_TOKENS = 8
+LONGEST_PERIOD = 64  # tokens of a run
 
 
 def library_words(texts: Iterable[str]) -> frozenset[str]:
@@ -33,19 +34,22 @@ def distinct_share(tokens: list[int]) -> float:
     return len(set(tokens)) / len(tokens) if tokens else 0.0
 
 
-def longest_loop(tokens: list[int], longest_period: int = 64) -> int:
-    """Return the length in tokens of the longest stretch that is one run of tokens said at least twice in a row.
+def longest_loop(tokens: list[int]) -> int:
+    """Return the length in tokens of the longest stretch that is one run of tokens said at least twice in a row."""
+    return max((length for _, length in loops(tokens)), default=0)
 
-    Runs of up to `longest_period` tokens count, and at least eight tokens: "0, 0, 0" is no loop.
+
+def loops(tokens: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the place of every token that ends a stretch of a run said at least twice in a row, and its length so far.
+
+    Runs of up to 64 tokens count, and stretches of at least eight: "0, 0, 0" is no loop.
     """
-    longest = 0
-    for period in range(1, min(longest_period, len(tokens) // 2) + 1):
+    for period in range(1, min(LONGEST_PERIOD, len(tokens) // 2) + 1):
         same = 0
         for place in range(period, len(tokens)):
             same = same + 1 if tokens[place] == tokens[place - period] else 0
             if same >= period and same + period >= MIN_LOOP_TOKENS:
-                longest = max(longest, same + period)
-    return longest
+                yield place, same + period
 
 
 def python_line_share(code: str) -> float:

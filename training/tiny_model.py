@@ -9,11 +9,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from training.blemishes import Spelling
 from training.conversations import conversations, render
 from training.corpus import Corpus, Document, read_corpus
 from training.model_directory import rounded, write_model_directory
 from training.network import Weights
-from training.own_text import Correction, corrected
+from training.own_text import Correction, PromptText, corrected
+from training.polishing import POLISHING, RECIPE, spelling, whole_lines
 from training.settling import SETTLING
 from training.tokenizer import END_OF_TEXT, token_id, train_tokenizer
 from training.train import Recipe, held_out_loss, run
@@ -27,11 +29,12 @@ HELD_OUT_WINDOW = 512
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The tokenizer, the training sources, the tokens of prompts and the held-out tokens of one corpus."""
+    """The tokenizer, the training sources, the tokens of prompts, the spelling and the held-out tokens of one corpus."""
 
     tokenizer: Tokenizer
     sources: tuple[Source, ...]
     prompts: Tensor
+    spelling: Spelling
     held_out: Tensor
 
 
@@ -51,7 +54,8 @@ def prepare(corpus: Corpus, recipe: Recipe) -> Prepared:
         source(chats, CHAT_SHARE),
     )
     prompts, held_out = stream(tokenizer, _texts(corpus.prompts)), stream(tokenizer, _texts(corpus.held_out))
-    return Prepared(tokenizer, sources, prompts, held_out)
+    known = spelling(tokenizer, (*written, *_texts(corpus.prompts)))
+    return Prepared(tokenizer, sources, prompts, known, held_out)
 
 
 def _texts(documents: tuple[Document, ...]) -> list[str]:
@@ -68,11 +72,19 @@ def stream(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 
 def trained(recipe: Recipe, prepared: Prepared, checkpoint: Path | None) -> Weights:
-    """Run the three phases: learn the text by heart, settle, read own text; the first two resume."""
+    """Run the four phases: learn the text by heart, settle, read own text twice; the first two resume."""
     learned = run(recipe, prepared.sources, checkpoint)
     beside = checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-settling")
     settled = run(SETTLING, prepared.sources, beside, learned)
-    return corrected(Correction(), SETTLING, settled, prepared.sources, prepared.prompts)
+    anywhere = PromptText(prepared.prompts, range(len(prepared.prompts)))
+    repeating_less = corrected(Correction(), SETTLING, settled, prepared.sources, anywhere)
+    return polished(repeating_less, prepared)
+
+
+def polished(weights: Weights, prepared: Prepared) -> Weights:
+    """Run the fourth phase on the weights of the third."""
+    lines = whole_lines(prepared.tokenizer, prepared.prompts)
+    return corrected(POLISHING, RECIPE, weights, prepared.sources, lines, prepared.spelling)
 
 
 def build(recipe: Recipe, out: Path, checkpoint: Path | None) -> None:

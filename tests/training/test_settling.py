@@ -1,4 +1,4 @@
-"""Tests of the second and third phase of the training: disturbed windows, greedy text, repetition and its cure."""
+"""Tests of the later phases of the training: disturbed windows, greedy text, its blemishes and their cure."""
 
 import logging
 from dataclasses import replace
@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.blemishes import Spelling, looping, repeated
 from training.disturbance import IGNORED, Disturbance, disturbed
 from training.nearest_text import nearest_text
 from training.network import Shape, empty_past, hidden_states
-from training.own_text import Correction, Samples, corrected, correction_loss, greedy, judged, prompt_batches, repeats
+from training.own_text import Correction, Judge, PromptText, Samples, corrected, correction_loss, greedy, prompt_batches
+from training.polishing import whole_lines
 from training.readability import longest_loop
+from training.tokenizer import train_tokenizer
 from training.train import Recipe, fresh_progress, run, train
 from training.windows import Source, Stage, batches
 
@@ -84,24 +87,60 @@ def test_greedy_text_is_the_argmax_of_the_logits_at_every_place() -> None:
     assert torch.equal(logits.argmax(-1)[:, 2:-1], written[:, 3:])
 
 
-def test_a_token_that_completes_a_run_seen_before_is_marked() -> None:
-    assert repeats([1, 2, 3, 9, 1, 2, 3, 4], run_length=3) == [False] * 6 + [True, False]
-    assert not any(repeats([1, 2, 3, 9, 1, 2, 3, 4], run_length=3, start=1))
+def test_barred_tokens_are_never_written() -> None:
+    weights = run(RECIPE, (COUNTING,), None)
+    prompt = torch.tensor([[61, 62]])
+    assert 3 in greedy(SHAPE, weights, prompt, 8)[0, 2:]  # the numbers start again at 0 behind 63
+    assert greedy(SHAPE, weights, prompt, 8, barred=8)[0, 2:].min() >= 8
+
+
+def test_a_token_that_completes_a_run_seen_before_is_a_repetition() -> None:
+    assert repeated([1, 2, 3, 9, 1, 2, 3, 4], run_length=3) == {6}
+    assert repeated([1, 2, 3, 9, 1, 2, 4, 3], run_length=3) == set()
+
+
+def test_a_run_said_over_and_over_is_a_loop_once_it_is_long_enough() -> None:
+    assert looping([9, *[1, 2, 3, 4] * 2, 5]) == {8}
+    assert looping([7] * 10) == {7, 8, 9}
+    assert looping([0, 1] * 3) == set()
+
+
+def test_what_goes_on_with_an_unknown_word_is_broken_but_not_its_first_token_nor_the_last_word() -> None:
+    spelling = Spelling(("Ġsl", "ice", "ized", "Ġtime", ".", "st"), frozenset({"slice", "time", "sliced"}))
+    assert spelling.broken([0, 1, 3, 4]) == set()
+    assert spelling.broken([0, 2, 3, 4, 5, 1, 1, 4]) == {1, 5, 6}
+    assert spelling.broken([3, 0, 2]) == set()  # "slized" may go on
+    assert spelling.broken([]) == set()
 
 
 def test_a_repetition_costs_more_the_likelier_it_is() -> None:
     weights = run(RECIPE, (COUNTING,), None)
     tokens = torch.arange(16)[None] + 8
 
-    def loss(likely: Tensor, repeated: bool) -> float:
+    def loss(likely: Tensor, repeats: bool) -> float:
         targets = torch.full_like(likely, IGNORED)
         targets[0, 0] = 9
-        marks = torch.full_like(likely, repeated, dtype=torch.bool)
-        return correction_loss(SHAPE, weights, Samples(likely, targets, marks), 1.0).item()
+        marks = torch.full_like(likely, repeats, dtype=torch.bool)
+        return correction_loss(SHAPE, weights, Samples(likely, targets, marks), CORRECTION).item()
 
-    assert loss(tokens, repeated=True) > loss(tokens, repeated=False)
+    assert loss(tokens, repeats=True) > loss(tokens, repeats=False)
     likely, unlikely = (loss(some, True) - loss(some, False) for some in (tokens, tokens.flip(1)))
     assert likely > unlikely
+
+
+def test_a_barred_token_costs_where_it_is_likely_whether_it_was_written_or_not() -> None:
+    weights = run(RECIPE, (COUNTING,), None)
+    bars = replace(CORRECTION, barred=4)
+
+    def cost(first: int) -> float:
+        tokens = torch.arange(first, first + 8)[None] % 64
+        targets = torch.full_like(tokens, IGNORED)
+        targets[0, 0] = first + 1
+        samples = Samples(tokens, targets, torch.zeros_like(tokens, dtype=torch.bool))
+        plain, barred = (correction_loss(SHAPE, weights, samples, some).item() for some in (CORRECTION, bars))
+        return barred - plain
+
+    assert cost(60) > cost(20) + 0.1  # behind 63 come 0, 1, 2, 3
 
 
 def test_the_nearest_text_goes_on_after_the_longest_equal_run() -> None:
@@ -113,26 +152,50 @@ def test_the_nearest_text_goes_on_after_the_longest_equal_run() -> None:
 
 
 def test_only_the_text_behind_a_prompt_is_judged_and_a_repetition_is_no_target() -> None:
-    text = nearest_text(torch.arange(50))
-    samples = judged(torch.tensor([[1, 2, 3, 4, 5, 6, 4, 5, 6, 7]]), prompt_length=3, run_length=3, text=text)
+    judge = Judge(nearest_text(torch.arange(50)), replace(CORRECTION, run_length=3))
+    samples = judge.judged(torch.tensor([[1, 2, 3, 4, 5, 6, 4, 5, 6, 7]]), prompt_length=3)
     assert samples.targets[0].tolist() == [IGNORED, IGNORED, 4, 5, 6, 7, 5, 6, IGNORED, 8]
-    assert samples.repeated[0].tolist() == [False] * 8 + [True, False]
+    assert samples.unwanted[0].tolist() == [False] * 8 + [True, False]
 
 
-def test_prompts_take_the_lengths_in_turn_and_come_from_the_stream() -> None:
-    tokens = torch.arange(500, dtype=torch.int32)
+def test_with_a_spelling_loops_and_broken_words_are_unwanted_and_a_barred_token_is_no_target() -> None:
+    spelling = Spelling((" ",) * 20 + ("a", "b") + (" ",) * 28, frozenset({"aa"}))
+    judge = Judge(nearest_text(torch.arange(50)), replace(CORRECTION, run_length=8, barred=8), spelling)
+    samples = judge.judged(torch.tensor([[6, 20, 21, 5, 7, 20, 20, 30, 31, 30, 31, 30, 31, 30, 31]]), prompt_length=1)
+    assert samples.unwanted[0].nonzero().flatten().tolist() == [2, 14]
+    assert samples.targets[0, :6].tolist() == [IGNORED, 21, IGNORED, IGNORED, 8, 21]
+
+
+def test_prompts_take_the_lengths_in_turn_and_come_from_the_text() -> None:
+    text = PromptText(torch.arange(500, dtype=torch.int32), range(500))
     lengths = []
-    for prompts in prompt_batches(tokens, CORRECTION, seed=1):
+    for prompts in prompt_batches(text, CORRECTION, seed=1):
         lengths.append(prompts.shape[1])
         assert torch.equal(prompts - prompts[:, :1], torch.arange(lengths[-1]).expand_as(prompts))
     assert lengths == [2, 3, 2, 3, 2]
+
+
+def test_a_prompt_of_whole_lines_ends_with_a_line_break() -> None:
+    tokenizer = train_tokenizer(["one line\n    and another\n\n"] * 3, 280)
+    tokens = torch.tensor(tokenizer.encode("one line\n    and another\n\none").ids)
+    text = whole_lines(tokenizer, tokens)
+    assert [tokenizer.decode(tokens[:end].tolist()) for end in text.ends] == [
+        "one line\n    ",
+        "one line\n    and another\n\n",
+    ]
+
+
+def test_prompts_end_where_the_text_lets_them() -> None:
+    text = PromptText(torch.arange(500, dtype=torch.int32), (1, 20, 30, 40))
+    drawn = torch.cat([prompts[:, -1] for prompts in prompt_batches(text, CORRECTION, seed=1)])
+    assert set(drawn.tolist()) == {19, 29, 39}  # before 1 there is no room for a prompt
 
 
 def test_corrections_make_repetition_rarer_in_greedy_text(caplog: pytest.LogCaptureFixture) -> None:
     source = Source(torch.arange(2_000, dtype=torch.int32) % 8, share=1.0)  # its text is one loop of eight tokens
     weights = run(RECIPE, (source,), None)
     with caplog.at_level(logging.INFO, "training.own_text"):
-        corrected(CORRECTION, RECIPE, weights, (source,), source.tokens)
+        corrected(CORRECTION, RECIPE, weights, (source,), PromptText(source.tokens, range(2_000)))
     shares = [float(message.split()[2]) for message in caplog.messages]
     assert shares[0] > 0.5
     assert shares[-1] < shares[0] - 0.1
