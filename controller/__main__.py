@@ -25,6 +25,7 @@ from service_kit.entry_point import (
 )
 from service_kit.logs import configure_logs, get_logger
 from service_kit.process import die_with_parent
+from service_kit.start_up_objects import set_apart
 
 log = get_logger(__name__)
 
@@ -64,6 +65,7 @@ async def _serve(config: ClusterConfig, keys: ApiKeys) -> int:
 
 async def _supervise(node: ControllerNode, signals: StopSignals) -> int:
     """Until the node has drained or the second signal came. Raises what the node's run raises."""
+    set_apart()
     running = asyncio.create_task(node.run(), name="controller")
     await asyncio.wait([running, signals.asked], return_when=asyncio.FIRST_COMPLETED)
     if not running.done():

@@ -29,6 +29,7 @@ from service_kit.entry_point import (
 )
 from service_kit.logs import configure_logs, get_logger
 from service_kit.process import die_with_parent
+from service_kit.start_up_objects import set_apart
 from worker_runtime.engine_link import ProcessEngineLink
 from worker_runtime.grpc_endpoint import check_worker_exposure
 from worker_runtime.holding import RoleName
@@ -109,6 +110,7 @@ def _store_opener(settings: NodeSettings) -> OpenStore | None:
 
 async def _supervise(node: WorkerNode, signals: StopSignals, drain_s: float) -> int:
     """Until the node has drained or the second signal came. Raises what the node's run raises."""
+    set_apart()
     running = asyncio.create_task(node.run())
     await asyncio.wait([running, signals.asked], return_when=asyncio.FIRST_COMPLETED)
     if signals.asked.done():

@@ -13,6 +13,7 @@ from pdserve.errors import ConfigInvalid, ModelUnsupported
 from service_kit.config import ClusterConfig
 from service_kit.logs import configure_logs, get_logger
 from service_kit.process import die_with_parent
+from service_kit.start_up_objects import set_apart
 from worker_runtime.engine_channel import EngineChannel, IoProcessLost
 from worker_runtime.engine_loop import run
 
@@ -50,6 +51,7 @@ def host_engine(link_fd: int, parent_pid: int, open_engine: Callable[[ClusterCon
         configure_logs(config.log, "engine")
         engine = open_engine(config, channel)
         channel.announce(engine.ready(), engine.arena_fd)
+        set_apart()
         log.info("engine_ready")
         run(engine, channel, time.monotonic)
     except IoProcessLost as lost:
