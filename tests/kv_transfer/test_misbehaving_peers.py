@@ -252,11 +252,12 @@ async def test_messages_after_activation_have_no_effect(peer: Peer) -> None:
     await peer.begin()
     await peer.deliver_all()
     commit = handoff_pb2.Commit(segment_count=4, byte_count=4 * 2 * BLOCK_BYTES)
+    heard = asyncio.create_task(peer.hear("activated"))
     await peer.say(commit=commit)
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the receiver may have hung up already
         await peer.say(commit=commit)
         await peer.say(segment=peer.segment(index=5))
-    await peer.hear("activated")
+    await heard
     assert (await peer.rig.destination.ending(KEY)).error is None
 
 
