@@ -101,6 +101,11 @@ class Found:
 Saving = Callable[[int], float]  # seconds that a hit of the block of this ordinal saves
 
 
+def alike(ordinal: int) -> float:
+    """Of blocks whose place does not matter: as cheap to read from the next tier as any other."""
+    return 1.0
+
+
 def pages_of(request: Request, saving: Saving) -> list[Page]:
     keys = [block.to_bytes(32, "little") for block in request.hash_ids]
     parents = [b"", *keys[:-1]]
@@ -120,12 +125,21 @@ def replay(trace: Trace, tier: Tier, saving: Saving, cost: PrefillCost) -> Found
     return found
 
 
-def replay_two_tiers(trace: Trace, down: Callable[[Sequence[Page]], Sequence[Page]], cost: PrefillCost) -> Found:
-    """RAM above disk, both LRU. What is read from disk is copied to RAM. down: of the pages of a request, those that go to disk."""
+def replay_two_tiers(
+    trace: Trace,
+    down: Callable[[Sequence[Page]], Sequence[Page]],
+    cost: PrefillCost,
+    policy: str = "lru",
+    disk_saving: Saving = alike,
+) -> Found:
+    """RAM above disk. What is read from disk is copied to RAM. down: of the pages of a request, those that go to disk.
+
+    In RAM all blocks count alike: the disk gives any of them sooner than computing does (kv_store.benefit).
+    """
     found = Found()
-    ram, disk = Tier(RAM_BLOCKS, policy_of("lru")()), Tier(DISK_BLOCKS, policy_of("lru")())
+    ram, disk = Tier(RAM_BLOCKS, policy_of(policy)()), Tier(DISK_BLOCKS, policy_of(policy)())
     for request in trace.requests:
-        pages = pages_of(request, cost.of_block)
+        pages = pages_of(request, alike)
         hits = 0
         while True:
             in_ram = ram.hits(pages[hits:])
@@ -137,7 +151,7 @@ def replay_two_tiers(trace: Trace, down: Callable[[Sequence[Page]], Sequence[Pag
                 break
         found.count(request, hits, cost)
         ram.store(pages[hits:])
-        disk.store(down(pages))
+        disk.store(down(pages_of(request, disk_saving)))
     return found
 
 
@@ -168,6 +182,8 @@ def measure_trace(trace: Trace, capacities: Sequence[int], cost: PrefillCost) ->
         measured += _at_capacity(trace, capacity, cost)
     both = {"write-through": replay_two_tiers(trace, write_through, cost)}
     both["second use only"] = replay_two_tiers(trace, SecondUse(), cost)
+    both["write-through, gdsf"] = replay_two_tiers(trace, write_through, cost, "gdsf", cost.of_block)
+    both["write-through, gdsf, equal savings"] = replay_two_tiers(trace, write_through, cost, "gdsf")
     for name, found in both.items():
         title = f"{trace.name}: RAM {RAM_BLOCKS} + disk {DISK_BLOCKS} blocks, {name}"
         measured.append(measure(f"{title}, hits", "% of blocks", [_percent(found.blocks, trace)], "higher"))
@@ -178,7 +194,7 @@ def measure_trace(trace: Trace, capacities: Sequence[int], cost: PrefillCost) ->
 
 def _at_capacity(trace: Trace, capacity: int, cost: PrefillCost) -> list[Measurement]:
     found = {name: replay(trace, Tier(capacity, make()), cost.of_block, cost) for name, make in POLICIES.items()}
-    found["gdsf, equal savings"] = replay(trace, Tier(capacity, policy_of("gdsf")()), lambda ordinal: 1.0, cost)
+    found["gdsf, equal savings"] = replay(trace, Tier(capacity, policy_of("gdsf")()), alike, cost)
     best = [_percent(belady_hits(trace, capacity), trace)]
     measured: list[Measurement] = []
     for name, each in found.items():
@@ -209,7 +225,8 @@ def run(mode: Mode, folder: Path) -> Result:
         "exact counts of one replay, not samples: another run gives the same; the machine matters to the prefill speed only",
         "compute saved: prefill seconds of the hit prefix; a + b n per token, fitted to our prefill of 512 to 8,192 tokens "
         "and extrapolated for longer prompts. Its peer is LRU at the same capacity",
-        "gdsf counts the seconds of each block (later blocks cost more); 'equal savings' counts every block as one",
+        "gdsf counts the seconds of each block (later blocks cost more), as workers do in the last tier; 'equal savings' counts every "
+        "block as one, as workers do in tiers above another one",
     )
     return result("cache_replay", mode, settings, measurements, notes=notes)
 

@@ -144,9 +144,8 @@ class BlockTables:
             if self._index.store(block, page):
                 fresh.append(page)
                 if self.offers.limit:
-                    self.offers.wait(
-                        OfferedPage(block, page.unit_keys, page.fingerprint, page.parent, table.chain.tenant)
-                    )
+                    tenant = table.chain.tenant
+                    self.offers.wait(OfferedPage(block, page.unit_keys, page.fingerprint, page.parent, tenant, ordinal))
         if fresh:
             self._tell(KvStored(b"".join([page.unit_keys for page in fresh])))
         self._offer_waiting()

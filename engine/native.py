@@ -48,6 +48,7 @@ from engine.refusals import Doorkeeper
 from engine.schedule import Part, Schedule
 from engine.sequences import Sequence
 from engine.step_batch import build
+from engine.token_growth import token_growth
 from engine.torch_attention import TorchAttention
 from kv_transfer.keys import fingerprint_seed
 from pdserve.errors import NoCapacity
@@ -110,6 +111,7 @@ class NativeEngine:
             model.spec.eos_token_ids,
             os.getpid(),
             model.load_seconds,
+            token_growth(model.spec),
         )
 
     def close(self) -> None:

@@ -192,7 +192,8 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready", array_like=True):
-    """First event. The arena's file descriptor travels beside it (SCM_RIGHTS); size = layers * blocks * block_bytes."""
+    """First event. The arena's file descriptor travels beside it (SCM_RIGHTS); size = layers * blocks * block_bytes.
+    token_growth: what each token before a token adds to its compute, as a share of the first one's; 0 = nothing."""
 
     model: str
     identity: (
@@ -203,6 +204,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     eos_token_ids: tuple[int, ...]
     pid: int
     load_seconds: float
+    token_growth: float = 0.0
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", array_like=True):

@@ -28,6 +28,8 @@ class Gdsf:
     The clock is the priority of the last page that left, so that what was useful once does not stay for ever; uses are halved with
     every turn over of the tier for the same reason.
 
+    A parent whose priority is below its child's leaves right after it, never before: the tier gives up leaves first.
+
     A page whose saving was not measured counts as much as the last one that was. Until there is one, all count the same, in a unit
     that the first measured one then sets for all of them.
     """

@@ -32,8 +32,8 @@ class PageId:
 class Page:
     """A page that may be stored. parent: key of the page before it, empty at the start of a chain (and for chunks).
     unit_keys: chained keys of its hash units, the last one is `id.key`; events to the controller name all of them.
-    tenant: digest that quotas are counted by, empty without one. saving_s: seconds of compute that a hit saves;
-    0: not measured."""
+    tenant: digest that quotas are counted by, empty without one. saving_s: seconds to compute it again, and in a tier those that
+    a hit there saves (kv_store.benefit); 0: not measured."""
 
     id: PageId
     parent: bytes = b""

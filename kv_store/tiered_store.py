@@ -1,7 +1,8 @@
 """Owns the tiers below the device together: where a page is, loads from the nearest tier that has it, saves that never block.
 
 Loads and saves run in threads of their own, so that a load never queues behind a save. A saved page is copied to the host tier at
-once; from there it goes down to the lower tiers as they keep up, and is dropped where they do not.
+once; from there it goes down to all lower tiers as they keep up, and is dropped where they do not. Each tier is told what a hit in
+it saves by the speeds of that moment; they are not corrected later.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from kv_store.benefit import benefit_s
 from kv_store.host_tier import HostTier
 from kv_store.page import Page, PageBytes, PageId
 from kv_store.split import Run, Speed
@@ -92,10 +94,11 @@ class TieredStore:
 
     def save(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> None:
         """Copies pages to the host tier; the lower tiers get them later. `contents` may be reused when it returns.
+        `saving_s` of the pages: seconds to compute them again.
 
         What the host tier has no room for (a chain longer than itself) goes straight to the lower tiers.
         """
-        self._host.write(pages, contents)
+        self._host.write(self._valued(pages, 0), contents)
         if not self._lower:
             return
         kept: list[Page] = []
@@ -178,8 +181,13 @@ class TieredStore:
             self._write_lower(kept, contents)
 
     def _write_lower(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> None:
-        for tier in self._lower:
+        for at, tier in enumerate(self._lower, start=1):
             try:
-                tier.write(pages, contents)
+                tier.write(self._valued(pages, at), contents)
             except TierFailed as error:
                 log.warning("tier_write_failed", tier=tier.name, message=error.message)
+
+    def _valued(self, pages: Sequence[Page], tier_at: int) -> list[Page]:
+        """`pages` with what a hit in that tier saves. What a peer may have of them is not known here."""
+        here, *below = [self.speeds[tier.name] for tier in self.tiers[tier_at:]]
+        return [replace(page, saving_s=benefit_s(page.saving_s, here, below)) for page in pages]

@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from engine.page_protocol import KvOffered, OfferPages, PagesLate, PagesOpened, PagesSaved
+from engine.page_protocol import KvOffered, OfferedPage, OfferPages, PagesLate, PagesOpened, PagesSaved
 from engine.protocol import Cancel, Dispatch, EngineReady, KvSource, Submit, Work
+from kv_store.benefit import ComputeCost
 from kv_store.page import Page, PageFormat, PageId
 from kv_store.split import Run, Speed, best_split
 from kv_store.tier import Change, TierListener
@@ -101,7 +102,7 @@ class PageTiers:
         self.openings = PageOpenings(engine)
         self.cutter = StretchCutter(engine.ready)
         self.figures = LoadFigures()
-        self._compute_page_s = 0.0  # not measured
+        self._cost = ComputeCost(engine.ready.token_growth * layout.page_tokens)
         self._store = store
         self._engine = engine
         self._config = config
@@ -122,16 +123,15 @@ class PageTiers:
         self.figures.offers_skipped += event.skipped
         if not event.pages:
             return
-        saving = self._compute_page_s
-        pages = [
-            Page(
-                PageId(each.unit_keys[-HASH_BYTES:], each.fingerprint), each.parent, each.unit_keys, each.tenant, saving
-            )
-            for each in event.pages
-        ]
+        self._cost.offered([each.ordinal for each in event.pages])
+        pages = [self._page(each) for each in event.pages]
         blocks = tuple(each.block for each in event.pages)
         future = asyncio.get_running_loop().run_in_executor(self._savers, self._save, pages, blocks)
         future.add_done_callback(lambda done: self._saved(blocks, done))
+
+    def _page(self, offered: OfferedPage) -> Page:
+        page_id = PageId(offered.unit_keys[-HASH_BYTES:], offered.fingerprint)
+        return Page(page_id, offered.parent, offered.unit_keys, offered.tenant, self._cost.of(offered.ordinal))
 
     def _save(self, pages: Sequence[Page], blocks: Sequence[int]) -> None:
         self._store.save(pages, [self._arena[:, block] for block in blocks])
@@ -170,8 +170,7 @@ class PageTiers:
 
     def computes(self, token_s: float) -> None:
         """What a load competes with; 0 = not measured yet."""
-        if token_s > 0:
-            self._compute_page_s = token_s * self._page_tokens
+        self._cost.measured(token_s * self._page_tokens)
 
     def close(self) -> None:
         self._reads.close()
@@ -233,7 +232,7 @@ class PageTiers:
         runs += [peer] if peer is not None else []
         if not runs:
             return None
-        split = best_split(runs, len(ids) - held, self._speeds(source), self._compute_page_s or _UNMEASURED_COMPUTE_S)
+        split = best_split(runs, len(ids) - held, self._speeds(source), self._cost.page_s or _UNMEASURED_COMPUTE_S)
         if split.load_pages and (stretch.in_parts or held + split.load_pages == len(ids)):
             return Plan(stretch.first(held + split.load_pages), own_end, source, split.load_s)
         self.figures.not_worth_it += 1

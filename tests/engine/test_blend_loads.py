@@ -79,8 +79,9 @@ def forgetful(engine: NativeEngine, recorder: Recorder) -> Rig:
     offered = [page for event in recorder.of(KvOffered) for page in event.pages]
     keys = blended(100).chunks[COMING].keys
     wanted = {keys[at : at + 32] for at in range(0, len(keys), 32)}
-    pages = [engine._memory.pool[:, page.block].clone() for page in offered if page.unit_keys[-32:] in wanted]
-    assert len(pages) == PAGES
+    of_chunk = [page for page in offered if page.unit_keys[-32:] in wanted]
+    assert [page.ordinal for page in of_chunk] == list(range(PAGES))  # in the chunk, wherever in the prompt that is
+    pages = [engine._memory.pool[:, page.block].clone() for page in of_chunk]
     finish(engine, OfferPages(0), PagesSaved(tuple(page.block for page in offered)), ClearPrefixCache())
     recorder.events.clear()
     return Rig(engine, recorder, pages)

@@ -56,6 +56,7 @@ def test_full_pages_are_offered_once_with_their_keys_and_parents(native: tuple[N
     assert [page.unit_keys for page in pages[:PAGES]] == [keys[32 * at : 32 * at + 32] for at in range(PAGES)]
     assert [page.parent for page in pages[1:]] == [page.unit_keys for page in pages[:-1]]
     assert pages[0].parent == b""
+    assert [page.ordinal for page in pages] == list(range(len(pages)))
 
 
 def test_without_an_order_nothing_is_offered(native: tuple[NativeEngine, Recorder]) -> None:

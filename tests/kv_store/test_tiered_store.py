@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,6 +91,16 @@ class Shelf:
     def _check(self) -> None:
         if self.fails:
             raise TierFailed("this medium is broken, as the test wants it")
+
+
+class WatchedHost(HostTier):
+    """Remembers what its pages are said to save."""
+
+    savings: dict[bytes, float]
+
+    def write(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> int:
+        self.savings = {each.id.key: each.saving_s for each in pages}
+        return super().write(pages, contents)
 
 
 def loaded(store: TieredStore, pages: Sequence[Page], deadline_s: float = float("inf")) -> tuple[int, list[PageBytes]]:
@@ -196,3 +207,27 @@ def test_a_page_that_is_read_is_not_evicted(readers: int) -> None:
         assert all(np.array_equal(found, content(number)) for number, found in enumerate(contents))
     assert host.counters.dropped == 1
     assert host.write([page(50)], [content(50)]) == 1
+
+
+def test_each_tier_is_told_what_a_hit_in_it_saves_over_the_next_one_and_the_last_over_computing() -> None:
+    host = WatchedHost(FORMAT, TierIndex(4 * FORMAT.size_bytes, Lru(), ttl_s=3600.0), lambda change, pages: None)
+    disk, redis = Shelf("disk"), Shelf("redis")
+    store = TieredStore(host, [disk, redis], FORMAT.size_bytes)
+    for name, page_s in (("host", 0.001), ("disk", 0.003), ("redis", 0.010)):
+        store.speeds[name].measured(1, page_s)
+    shallow, deep = (replace(each, saving_s=each.id.fingerprint / 70) for each in (page(1), page(2)))
+    store.save([shallow, deep], [content(1), content(2)])
+    assert store.settle(time.monotonic() + DEADLINE_S)
+    store.close()
+    assert [host.savings[each.id.key] for each in (shallow, deep)] == pytest.approx([0.002, 0.002])
+    assert [disk.savings[each.id.key] for each in (shallow, deep)] == pytest.approx([0.007, 0.007])
+    assert [redis.savings[each.id.key] for each in (shallow, deep)] == pytest.approx([0.090, 0.190])
+
+
+def test_a_page_that_the_host_has_no_room_for_is_valued_for_the_tier_that_gets_it() -> None:
+    disk, pages = Shelf(), [replace(each, saving_s=0.5) for each in chain(3)]
+    store = TieredStore(host_tier(2), [disk], FORMAT.size_bytes)
+    store.speeds["disk"].measured(1, 0.2)
+    store.save(pages, [content(number) for number in range(3)])
+    store.close()
+    assert disk.savings[pages[2].id.key] == pytest.approx(0.3)

@@ -7,6 +7,7 @@ import threading
 from array import array
 from collections.abc import AsyncIterator, Callable
 
+import msgspec
 import pytest
 
 from engine.page_protocol import KvOffered, LoadPages, OfferedPage, OfferPages, PagesLoaded, PagesOpened, PagesSaved
@@ -222,12 +223,20 @@ async def test_offered_pages_go_down_and_their_blocks_come_back(link: LinkTwin) 
     assert shelf.tenants == {b"tenant"}
 
 
-async def test_the_saving_of_an_offered_page_is_what_was_measured_and_none_before_that(link: LinkTwin) -> None:
-    tiers = opened_tiers(link, shelf := Shelf())
-    keys = KeyChain(16, work().block_hashes, fingerprint_seed(IDENTITY)).pages(TOKENS, 2)
-    for token_s, key in zip((0.0, 0.001), keys, strict=True):
+async def test_an_offered_page_saves_its_compute_by_its_place_less_its_load_and_nothing_known_before_a_measurement(
+    link: LinkTwin,
+) -> None:
+    link.ready = msgspec.structs.replace(link.ready, token_growth=0.5 / 16)  # per page half of what the first one takes
+    store = TieredStore(host_tier(8), [shelf := Shelf()], FORMAT.size_bytes)
+    store.speeds["disk"].measured(1, 0.001)
+    tiers = link.tiers = PageTiers(store, link, StoreConfig(), TaskOwner(), lambda key: False)
+    keys = KeyChain(16, work().block_hashes, fingerprint_seed(IDENTITY)).pages(TOKENS, PAGES)
+    for token_s, ordinals in ((0.0, (2,)), (0.001, (1, 3))):
         tiers.computes(token_s)
-        tiers.offered(KvOffered((OfferedPage(7, key.unit_keys, key.fingerprint, key.parent),), 0))
+        chosen = [(at, keys[at]) for at in ordinals]
+        pages = [OfferedPage(7, key.unit_keys, key.fingerprint, key.parent, b"", at) for at, key in chosen]
+        tiers.offered(KvOffered(tuple(pages), 0))
     await link.until(lambda: link.names().count("PagesSaved") == 2)
     tiers.close()
-    assert [shelf.savings[key.key] for key in keys] == [0.0, pytest.approx(0.016)]
+    savings = [shelf.savings[keys[at].key] for at in (1, 2, 3)]
+    assert savings == pytest.approx([0.016 * 1.5 / 2.0 - 0.001, 0.0, 0.016 * 2.5 / 2.0 - 0.001])
