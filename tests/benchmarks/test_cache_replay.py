@@ -68,6 +68,17 @@ def test_two_tiers_find_on_disk_what_left_ram(monkeypatch: pytest.MonkeyPatch) -
     assert (second.blocks, second.ram_blocks) == (2, 2)
 
 
+def test_under_gdsf_the_disk_keeps_what_is_dear_by_its_place_and_lets_it_go_where_all_are_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_replay, "RAM_BLOCKS", 1)
+    monkeypatch.setattr(cache_replay, "DISK_BLOCKS", 4)
+    trace = trace_of((1, 2, 3), (4,), (5,), (1, 2, 3))
+    dear = replay_two_tiers(trace, write_through, COST, "gdsf", lambda ordinal: 1.0 + 9.0 * ordinal)
+    level = replay_two_tiers(trace, write_through, COST, "gdsf")
+    assert (dear.blocks, level.blocks) == (3, 2)
+
+
 def test_the_cost_of_a_prefill_is_fitted_to_what_was_measured() -> None:
     true = PrefillCost(8e-4, 1e-7)
     rates = {tokens: tokens / true.of(tokens) for tokens in (512, 2048, 8192)}

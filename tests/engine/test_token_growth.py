@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from engine.model_spec import ModelSpec
+from engine.native import NativeEngine
 from engine.token_growth import token_growth
+from tests.engine.rig import Recorder
 
 # Of a layer: 2 * 32 * (4 + 2) * 8 weights of projections, 3 * 32 * 48 of the feed-forward; attention 4 * 4 * 8 FLOP per key.
 DENSE: dict[str, object] = {
@@ -26,6 +28,12 @@ EXPERTS: dict[str, object] = {
     "moe_intermediate_size": 64,
     "mlp_only_layers": [1],
 }
+
+
+def test_an_engine_tells_the_growth_of_its_model(native: tuple[NativeEngine, Recorder]) -> None:
+    engine, _ = native
+    # SMALL of the rig: 6 + 2 heads of 16, hidden 96, feed-forward 160
+    assert engine.ready().token_growth == pytest.approx(4 * 6 * 16 / (2 * (2 * 96 * 8 * 16 + 3 * 96 * 160)))
 
 
 def growth(**changes: object) -> float:
