@@ -24,15 +24,17 @@ _METHODS: dict[inference_pb2.KvBlend.Method.ValueType, Method] = {
 }
 
 
-def blend_of(message: inference_pb2.KvBlend, token_ids: bytes) -> KvBlend | None:
-    """None where no chunk is worth it. A separator must have been tokenised. Raises InvalidRequest."""
+def recipe_of(message: inference_pb2.KvBlend) -> Recipe:
+    """Raises InvalidRequest."""
     if message.method not in _METHODS:
         raise InvalidRequest("kv_blend.method: is unknown: use METHOD_BLEND or METHOD_EPIC.", param="kv_blend.method")
-    recipe = Recipe(
-        _METHODS[message.method],
-        _ratio(message),
-        message.first_tokens if message.HasField("first_tokens") else DEFAULT_FIRST_TOKENS,
-    )
+    first_tokens = message.first_tokens if message.HasField("first_tokens") else DEFAULT_FIRST_TOKENS
+    return Recipe(_METHODS[message.method], _ratio(message), first_tokens)
+
+
+def blend_of(message: inference_pb2.KvBlend, token_ids: bytes) -> KvBlend | None:
+    """None where no chunk is worth it. A separator must have been tokenised. Raises InvalidRequest."""
+    recipe = recipe_of(message)
     by_separator = message.WhichOneof("separator") is not None
     if by_separator == bool(message.chunks):
         raise InvalidRequest("kv_blend: say where the chunks are: give either chunks or a separator.", param="kv_blend")

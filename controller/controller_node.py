@@ -12,6 +12,8 @@ from pathlib import Path
 from random import Random
 
 from controller.admission import AdmissionLimits
+from controller.blend_gate import BlendGate
+from controller.blend_verdicts import VERDICTS_FILE, VerdictFile
 from controller.fleet import Fleet, FleetSettings
 from controller.grpc_api import InferenceApi, MembershipApi, generate_limits
 from controller.grpc_endpoint import GrpcEndpoint
@@ -63,12 +65,16 @@ class ControllerNode:
         self._service = ControllerService(
             self._fleet, model.tokenizer, _service_settings(config), RequestObserver(metrics), rng, clock
         )
-        desk = OperatorDesk(self._fleet, self._service, self._identity, config.worker.drain_s, clock)
+        shelf = VerdictFile(config.state_dir / VERDICTS_FILE)
+        blends = BlendGate(config.controller.kv_blend, shelf, self._fleet.identities, clock, time.time)
+        desk = OperatorDesk(self._fleet, self._service, self._identity, blends, config.worker.drain_s, clock)
         app = create_app(self._service, desk, model, config.controller, metrics, keys)
         listener = bind(config.controller.host, config.controller.port)
         self._http = HttpServer(app, listener, config.security, config.controller.client_stall_s)
         self._apis = (
-            InferenceApi(self._service, model.tokenizer, generate_limits(model, config.controller), self._threads),
+            InferenceApi(
+                self._service, model.tokenizer, generate_limits(model, config.controller), blends, self._threads
+            ),
             MembershipApi(self._fleet, controller_id, REGISTRATION_LEASE_S),
             KvApi(desk.kv, model.tokenizer, self._threads),
         )

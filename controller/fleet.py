@@ -119,6 +119,10 @@ class Fleet:
         """KV identity of the workers; empty while there is none."""
         return next((view.identity for view in self.snapshot().workers if view.ready), b"")
 
+    def identities(self) -> frozenset[bytes]:
+        """KV identities of all ready workers: more than one while they serve different models."""
+        return frozenset(view.identity for view in self.snapshot().workers if view.ready)
+
     def layers(self) -> int:
         """Of the workers' model; 0 while there is none."""
         counts = (

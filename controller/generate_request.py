@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from controller.blend_request import blend_of
-from controller.kv_blend import KvBlend, check_allowed, check_prompt_logprobs
+from controller.kv_blend import KvBlend, check_prompt_logprobs
 from controller.request import GenerationRequest, Route, SamplingSpec
 from pdserve.errors import InvalidRequest, ModelNotFound, PromptTooLong
 from pdserve.v1 import inference_pb2, types_pb2
@@ -34,7 +34,6 @@ class GenerateLimits:
     context_tokens: int
     vocab_size: int
     max_choices: int
-    kv_blend: bool = False  # the operator allows it
 
 
 def check_head(message: inference_pb2.GenerateRequest, limits: GenerateLimits) -> None:
@@ -48,8 +47,6 @@ def check_head(message: inference_pb2.GenerateRequest, limits: GenerateLimits) -
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise _invalid("prompt", "is missing: give text or token_ids")
-    if message.HasField("kv_blend"):
-        check_allowed(limits.model, allowed=limits.kv_blend)
     if kind == "token_ids" and (not message.token_ids or len(message.token_ids) % 4):
         raise _invalid("token_ids", "must be little-endian int32 values, at least one")
 

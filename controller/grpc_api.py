@@ -15,6 +15,8 @@ from typing import Protocol, TypeAlias, cast
 
 import grpc
 
+from controller.blend_gate import BlendGate
+from controller.blend_request import recipe_of
 from controller.fleet import Fleet
 from controller.generate_request import GenerateLimits, check_head, generation_request
 from controller.operations import ModelInfo
@@ -39,9 +41,15 @@ class PromptTokenizer(Protocol):
 
 class InferenceApi(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(
-        self, generator: Generator, tokenizer: PromptTokenizer, limits: GenerateLimits, threads: ThreadPoolExecutor
+        self,
+        generator: Generator,
+        tokenizer: PromptTokenizer,
+        limits: GenerateLimits,
+        blends: BlendGate,
+        threads: ThreadPoolExecutor,
     ) -> None:
         self._generator = generator
+        self._blends = blends
         self._tokenizer = tokenizer
         self._limits = limits
         self._threads = threads
@@ -80,6 +88,8 @@ class InferenceApi(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _generation(self, message: inference_pb2.GenerateRequest, timeout_s: float | None) -> GenerationRequest:
         check_head(message, self._limits)
+        if message.HasField("kv_blend"):
+            self._blends.check(recipe_of(message.kv_blend), message.cache_salt)
         token_ids = message.token_ids
         if message.WhichOneof("prompt") == "text":
             token_ids = await self._encode(message.text, add_special_tokens=True)
@@ -113,7 +123,7 @@ class MembershipApi(membership_pb2_grpc.MembershipServiceServicer):
 
 def generate_limits(model: ModelInfo, config: ControllerConfig) -> GenerateLimits:
     vocab_size = model.tokenizer.vocab_size
-    return GenerateLimits(model.name, model.max_context_tokens, vocab_size, config.max_choices, config.kv_blend)
+    return GenerateLimits(model.name, model.max_context_tokens, vocab_size, config.max_choices)
 
 
 def _begun(request_id: str, begun: Begun) -> inference_pb2.GenerateResponse:

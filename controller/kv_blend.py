@@ -1,6 +1,6 @@
 """Owns how a request asks that KV of its chunks be blended: the recipe, which tokens are chunks, and what is refused. Pure.
 
-Blended KV is approximate. A request opts in; the operator allows it for a model that `pdserve verify --blend` has passed.
+Blended KV is approximate. A request opts in; whether it may is in `blend_gate`.
 """
 
 from __future__ import annotations
@@ -68,16 +68,6 @@ class KvBlend:
 
     def with_ratio(self, ratio: float) -> KvBlend:
         return replace(self, recipe=replace(self.recipe, ratio=ratio))
-
-
-def check_allowed(model: str, *, allowed: bool) -> None:
-    """Raises InvalidRequest where the operator has not switched blends on."""
-    if not allowed:
-        raise InvalidRequest(
-            f"kv_blend: reuse of chunks is approximate and switched off here. Leave it out, or have the operator check {model!r} "
-            "with `pdserve verify --blend` on a cluster with `controller.kv_blend: on` and keep that setting where it passes.",
-            param="kv_blend",
-        )
 
 
 def check_prompt_logprobs(prompt_logprobs: int | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from controller.blend_gate import BlendGate, BlendStatus
 from controller.blend_ratio import RatioChoice
 from controller.kv_operations import KvOperations
 from controller.placement.decision import Decision
@@ -85,6 +86,7 @@ class ClusterStatus:
     queued: int  # requests without a worker
     live_requests: int
     workers: tuple[WorkerStatus, ...]
+    kv_blend: BlendStatus
 
     def ready(self) -> bool:
         """True if a request could be served now."""
@@ -162,6 +164,9 @@ class Operations(Protocol):
 
     @property
     def kv(self) -> KvOperations: ...
+
+    @property
+    def blends(self) -> BlendGate: ...
 
     def status(self) -> ClusterStatus: ...
 

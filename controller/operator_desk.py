@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from controller.blend_gate import BlendGate
 from controller.fleet import Fleet
 from controller.kv_desk import KvDesk
 from controller.operations import ClusterStatus, RequestSummary, RequestTimeline, RoleName, WorkerStatus
@@ -37,11 +38,13 @@ class OperatorDesk:
         fleet: Fleet,
         service: ControllerService,
         identity: Identity,
+        blends: BlendGate,
         worker_drain_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._commands = WorkerCommands(fleet, clock)
         self.kv = KvDesk(fleet, self._commands)
+        self.blends = blends
         self._fleet = fleet
         self._service = service
         self._identity = identity
@@ -64,6 +67,7 @@ class OperatorDesk:
             queued=self._service.queued,
             live_requests=self._service.live_requests,
             workers=tuple(record.status(now) for record in records),
+            kv_blend=self.blends.status(),
         )
 
     def requests(self, limit: int) -> tuple[RequestSummary, ...]:

@@ -6,12 +6,18 @@ Secrets come from the environment only: PDSERVE_API_KEYS (comma-separated). docs
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 TransportName = Literal["auto", "ucx", "nixl", "tcp", "inproc"]
 RoleName = Literal["prefill", "decode"]
+BlendSetting = Literal["off", "verified", "on"]
+
+
+def _switch(value: object) -> object:
+    """YAML reads a bare on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -152,10 +158,10 @@ class ControllerConfig(Section):
     )
     sse_keepalive_s: float = Field(default=10.0, gt=0, description="SSE comment while no token comes.")
     tokenizer_threads: int = Field(default=2, ge=1, description="Threads that tokenise prompts.")
-    kv_blend: bool = Field(
-        default=False,
-        description="Let requests ask that KV of their chunks be blended, which is approximate: only for a model that "
-        "`pdserve verify --blend` has passed.",
+    kv_blend: Annotated[BlendSetting, BeforeValidator(_switch)] = Field(
+        default="off",
+        description="Let requests ask that KV of their chunks be blended, which is approximate. verified = once "
+        "`pdserve verify --blend` has passed for the model served; on = for any model.",
     )
 
 

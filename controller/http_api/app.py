@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from controller.http_api.blend_routes import blend_router
 from controller.http_api.context import ApiContext
 from controller.http_api.errors import install_error_handlers
 from controller.http_api.guards import BodyLimit, KeyCheck, RequestIds
@@ -44,7 +45,7 @@ def create_app(
         model=model,
         metrics=metrics,
         prompts=prompts,
-        limits=Limits(model.max_context_tokens, model.tokenizer.vocab_size, config.max_choices, config.kv_blend),
+        limits=Limits(model.max_context_tokens, model.tokenizer.vocab_size, config.max_choices),
         keepalive_s=config.sse_keepalive_s,
         mint_seed=lambda: secrets.randbits(63),
         unix_now=time.time,
@@ -65,7 +66,7 @@ def create_app(
         redirect_slashes=False,
     )
     install_error_handlers(app)
-    for router in (inference_router, model_router, health_router, operator_router, kv_router):
+    for router in (inference_router, model_router, health_router, operator_router, kv_router, blend_router):
         app.include_router(router(context))
     install_openapi(app, keyed=bool(api_keys))
     return RequestIds(KeyCheck(BodyLimit(app, config.max_body_bytes), api_keys))

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from controller.http_api.blend_body import KvBlendBody
-from controller.http_api.bodies import ChatBody, ChatMessage, CompletionBody
+from controller.http_api.bodies import ChatBody, ChatMessage, CompletionBody, SamplingBody
 from controller.http_api.context import ApiContext
 from controller.http_api.prompts import TokenizedPrompt
 from controller.http_api.sampling import Asked
-from controller.kv_blend import Chunk, KvBlend, blend, check_allowed, check_prompt_logprobs, marked, separated
+from controller.kv_blend import Chunk, KvBlend, blend, check_prompt_logprobs, marked, separated
 from pdserve.errors import InvalidRequest
 from tokenization.tokenizer import ids_to_bytes
 
 Span = tuple[int, int]
 
 
-def check_blend(context: ApiContext, asked_blend: KvBlendBody | None, asked: Asked, prompts: int) -> None:
+def check_blend(context: ApiContext, body: SamplingBody, asked: Asked, prompts: int) -> None:
     """What can be refused before a prompt is tokenised."""
-    if asked_blend is None:
+    if body.kv_blend is None:
         return
-    check_allowed(context.model.name, allowed=context.limits.kv_blend)
+    context.operations.blends.check(body.kv_blend.recipe, body.cache_salt or "")
     check_prompt_logprobs(asked.prompt_logprobs)
-    if prompts > 1 and asked_blend.chunks is not None:
+    if prompts > 1 and body.kv_blend.chunks is not None:
         raise InvalidRequest(
             "kv_blend.chunks: offsets belong to one prompt. Send one prompt, or mark the chunks by a separator.",
             param="kv_blend.chunks",

@@ -43,7 +43,7 @@ def inference_router(context: ApiContext) -> APIRouter:
         check_counts(body, len(body.prompt.prompts), context.limits)
         asked = asked_of_completion(body)
         special = body.add_special_tokens is not False
-        check_blend(context, body.kv_blend, asked, len(body.prompt.prompts))
+        check_blend(context, body, asked, len(body.prompt.prompts))
         prompts = await context.prompts.completion(body.prompt, add_special_tokens=special)
         blends = await completion_blends(context, body, prompts)
         if body.echo:
@@ -61,7 +61,7 @@ def inference_router(context: ApiContext) -> APIRouter:
         check_model(body.model, context.model)
         check_counts(body, 1, context.limits)
         asked = asked_of_chat(body)
-        check_blend(context, body.kv_blend, asked, 1)
+        check_blend(context, body, asked, 1)
         prompt = await context.prompts.chat(
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,

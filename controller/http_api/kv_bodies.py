@@ -1,8 +1,8 @@
-"""Owns the request bodies of /api/v1/kv: which pages, for how long, within which bounds."""
+"""Owns the request bodies of /api/v1/kv: which pages, for how long, within which bounds; and verdicts on blends."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
@@ -74,3 +74,24 @@ class KvVerifyBody(KvSelectionBody):
     deadline_s: float = Field(VERIFY_S, gt=0, le=VERIFY_MOST_S, description="Then the answer says that it was cut.")
     max_bytes: int = Field(VERIFY_BYTES, ge=1, le=INT63_MAX, description="In each tier of each worker.")
     after: Key | None = Field(None, description="Only pages with higher keys: goes on where an answer was cut.")
+
+
+class BlendFiguresBody(_Strict):
+    """Of the next token, full prefill against blended; or what is allowed of them."""
+
+    mean_kl_nats: float = Field(ge=0)
+    max_kl_nats: float = Field(ge=0)
+    top1_agreement: float = Field(ge=0, le=1)
+
+
+class BlendVerdictBody(_Strict):
+    """POST /api/v1/kv/blend/verdicts: what a check found."""
+
+    trial: str = Field(max_length=128, description="Its `cache_salt`.")
+    method: Literal["blend", "epic"]
+    ratio: float = Field(ge=0, le=1)
+    first_tokens: int = Field(ge=0, le=INT32_MAX)
+    blended_prompts: int = Field(ge=1, le=INT32_MAX)
+    figures: BlendFiguresBody
+    allowed: BlendFiguresBody
+    failures: list[Annotated[str, Field(max_length=200)]] = Field(max_length=8, description="Empty = passed.")

@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from controller.http_api.answers import ErrorAnswer
 from controller.http_api.bodies import ChatBody, CompletionBody, DetokenizeBody, RolesBody, TokenizeBody
-from controller.http_api.kv_bodies import KvExplainBody, KvFlushBody, KvPinBody, KvVerifyBody
+from controller.http_api.kv_bodies import BlendVerdictBody, KvExplainBody, KvFlushBody, KvPinBody, KvVerifyBody
 
 Json: TypeAlias = dict[str, object]
 Responses: TypeAlias = dict[int | str, dict[str, object]]
@@ -27,6 +27,7 @@ _BODIES: tuple[type[BaseModel], ...] = (
     KvPinBody,
     KvFlushBody,
     KvVerifyBody,
+    BlendVerdictBody,
 )
 _REF = "#/components/schemas/{model}"
 _MEANINGS = {

@@ -26,7 +26,6 @@ class Limits:
     context_tokens: int
     vocab_size: int
     max_choices: int
-    kv_blend: bool = False  # the operator allows it
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,28 @@ def show(answer: Record, terminal: Terminal) -> None:
         f"version {answer.text('version')}, up {answer.number('uptime_s'):.0f} s"
     )
     terminal.say(f"{answer.integer('live_requests')} requests live, {answer.integer('queued')} queued")
+    _show_blends(answer.record("kv_blend"), terminal)
     terminal.table(HEADINGS, [_row(row) for row in answer.records("workers")])
+
+
+def _show_blends(blends: Record, terminal: Terminal) -> None:
+    """Silent where blends are off."""
+    if blends.text("setting") == "off":
+        return
+    verdicts = [_verdict(row.record("findings")) for row in blends.records("verdicts")]
+    told = "; ".join(verdicts) or "pdserve verify --blend has no verdict on this model"
+    terminal.say(f"kv_blend is {blends.text('setting')}: {told}")
+
+
+def _verdict(found: Record) -> str:
+    epic = found.text("method") == "epic"
+    recipe = f"first_tokens {found.integer('first_tokens')}" if epic else f"ratio {found.number('ratio'):g}"
+    outcome = f"failed ({'; '.join(failures)})" if (failures := found.texts("failures")) else "passed"
+    figures = found.record("figures")
+    return (
+        f"{found.text('method')} {outcome} with {recipe} on {found.integer('blended_prompts')} prompts, mean KL "
+        f"{figures.number('mean_kl_nats'):.1e} nats, top-1 agreement {figures.number('top1_agreement'):.1%}"
+    )
 
 
 def _row(row: Record) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -19,6 +18,7 @@ from pdserve.cli.terminal import Terminal
 from pdserve.client import AsyncClient, Generation, KvBlend, RequestOptions, Sampling, Tls
 from pdserve.errors import InvalidRequest
 
+BLEND_PATH = "/api/v1/kv/blend"
 CONCURRENT = 4
 REQUEST_S = 300.0
 TOP_LOGPROBS = 20
@@ -31,7 +31,7 @@ AGREEMENT = 0.95
 
 def add_blend_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--blend", "full prefill against KV blended from chunks (docs/blend.md)")
-    group.add_argument("--blend", action="store_true", help="check this instead; needs controller.kv_blend: on")
+    group.add_argument("--blend", action="store_true", help="check this instead; needs controller.kv_blend: verified")
     group.add_argument("--method", choices=("blend", "epic"), default="blend", help="CacheBlend or EPIC")
     group.add_argument("--ratio", type=float, default=0.15, metavar="X", help="blend: share computed anew")
     group.add_argument("--first-tokens", type=int, default=32, metavar="N", help="epic: tokens of each chunk")
@@ -52,8 +52,9 @@ def verify_blend(options: argparse.Namespace, terminal: Terminal) -> int:
     with reached.http(REQUEST_S) as http:
         model = get(http, "/api/v1/status").text("model")
         cases = _cases(http, options)
+        trial = post(http, f"{BLEND_PATH}/trials", {}).text("cache_salt")
     terminal.say(f"{len(cases)} prompts, each with full prefill and with {_recipe(options)}")
-    pairs = asyncio.run(_Comparison(reached, options).run(cases))
+    pairs = asyncio.run(_Comparison(reached, options, trial).run(cases))
     rows = [row for row, _ in pairs]
     blended = [row for row in rows if row.blended_tokens]
     if not blended:
@@ -64,6 +65,8 @@ def verify_blend(options: argparse.Namespace, terminal: Terminal) -> int:
     quality, naive = Quality.of(blended), Quality.of([row for _, row in pairs])
     failures = quality.failures(limits)
     _show(rows, quality, naive, terminal)
+    with reached.http(REQUEST_S) as http:
+        post(http, f"{BLEND_PATH}/verdicts", _verdict(trial, options, quality, failures))
     terminal.result({**_plain(model, options, rows, quality, failures), "naive_reuse": _figures(naive)})
     if failures:
         terminal.say(f"FAILED: {model} must not be served with kv_blend: {'; '.join(failures)}.")
@@ -93,11 +96,13 @@ def _cases(http: httpx.Client, options: argparse.Namespace) -> list[BlendCase]:
 
 
 class _Comparison:
-    def __init__(self, reached: Access, options: argparse.Namespace) -> None:
+    """`trial`: the cache salt with which the controller lets the check's requests through, whatever it refuses others."""
+
+    def __init__(self, reached: Access, options: argparse.Namespace, trial: str) -> None:
         self._reached = reached
         self._options = options
+        self._trial = trial
         self._gate = asyncio.Semaphore(CONCURRENT)
-        self._run_id = secrets.token_hex(4)
 
     async def run(self, cases: Sequence[BlendCase]) -> list[tuple[Compared, Compared]]:
         """By the recipe, and by naive reuse, which tells whether the prompts feel it. Raises the first error of a request."""
@@ -116,7 +121,7 @@ class _Comparison:
         return _compared(case, full, blended), _compared(case, full, naive)
 
     async def _generate(self, client: AsyncClient, case: BlendCase, blend: KvBlend | None) -> Generation:
-        options = RequestOptions(cache_salt=f"verify-blend-{self._run_id}", kv_blend=blend)
+        options = RequestOptions(cache_salt=self._trial, kv_blend=blend)
         sampling = Sampling(OUTPUT_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP_LOGPROBS)
         stream = client.generate(case.token_ids, sampling, timeout_s=REQUEST_S, options=options)
         async with stream:
@@ -176,13 +181,26 @@ def _plain(
         "blended_tokens": sum(row.blended_tokens for row in rows),
         "prompt_tokens": sum(row.tokens for row in rows),
         **_figures(quality),
-        "allowed": {
-            "mean_kl_nats": options.mean_kl,
-            "max_kl_nats": options.max_kl,
-            "top1_agreement": options.agreement,
-        },
+        "allowed": _allowed(options),
         "failures": list(failures),
     }
+
+
+def _verdict(trial: str, options: argparse.Namespace, quality: Quality, failures: Sequence[str]) -> dict[str, object]:
+    return {
+        "trial": trial,
+        "method": options.method,
+        "ratio": options.ratio,
+        "first_tokens": options.first_tokens,
+        "blended_prompts": quality.prompts,
+        "figures": _figures(quality),
+        "allowed": _allowed(options),
+        "failures": list(failures),
+    }
+
+
+def _allowed(options: argparse.Namespace) -> dict[str, object]:
+    return {"mean_kl_nats": options.mean_kl, "max_kl_nats": options.max_kl, "top1_agreement": options.agreement}
 
 
 def _figures(quality: Quality) -> dict[str, object]:

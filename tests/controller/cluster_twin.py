@@ -19,6 +19,7 @@ from controller.waiting_room import PlacementSettings
 from pdserve.v1 import types_pb2
 from service_kit.config import TransferConfig
 from service_kit.metrics import Metrics
+from tests.controller.blend_twins import open_gate
 from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin
 
 DEADLINE_S = 60.0
@@ -143,7 +144,7 @@ async def cluster(
         key_prefix=7,
     )
     service = ControllerService(fleet, ByteVocabulary(), settings, RequestObserver(metrics), Random(1), clock)
-    desk = OperatorDesk(fleet, service, Identity("controller-under-test", "twin", "0"), 5.0, clock)
+    desk = OperatorDesk(fleet, service, Identity("controller-under-test", "twin", "0"), open_gate(), 5.0, clock)
     twin = ClusterTwin(service, fleet, desk, metrics)
     ticking = asyncio.create_task(service.run())
     try:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import grpc
 import pytest
 
+from controller.blend_gate import BlendGate
 from controller.generate_request import GenerateLimits
 from controller.grpc_api import InferenceApi, MembershipApi
 from controller.grpc_endpoint import GrpcEndpoint
 from controller.kv_api import KvApi
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, membership_pb2, membership_pb2_grpc, types_pb2
 from service_kit.api_keys import ApiKeys
-from service_kit.config import ClusterConfig
+from service_kit.config import BlendSetting, ClusterConfig
+from tests.controller.blend_twins import open_gate
 from tests.controller.cluster_twin import PROMPT, ClusterTwin, cluster
 from tests.controller.twin_tokens import tokens_of
 
@@ -32,6 +34,7 @@ class ByteTokenizer:
 @dataclass
 class Api:
     twin: ClusterTwin
+    blends: BlendGate
     channel: grpc.aio.Channel
 
     def message(self, max_tokens: int = 20) -> inference_pb2.GenerateRequest:
@@ -52,19 +55,22 @@ class Api:
 
 
 @asynccontextmanager
-async def api(keys: ApiKeys | None = None, *, workers: bool = True) -> AsyncIterator[Api]:
+async def api(
+    keys: ApiKeys | None = None, *, workers: bool = True, blend_setting: BlendSetting = "on"
+) -> AsyncIterator[Api]:
     async with cluster(grace_s=0.2) as twin:
         if workers:
             await twin.square()
         endpoint = GrpcEndpoint(ClusterConfig(), keys or ApiKeys())
-        limits = GenerateLimits("tiny", 4096, 256, 4, kv_blend=True)
+        blends = open_gate(blend_setting)
+        limits = GenerateLimits("tiny", 4096, 256, 4)
         with ThreadPoolExecutor(1) as threads:
-            inference = InferenceApi(twin.service, ByteTokenizer(), limits, threads)
+            inference = InferenceApi(twin.service, ByteTokenizer(), limits, blends, threads)
             membership = MembershipApi(twin.fleet, "controller-under-test", 2.0)
             kv = KvApi(twin.desk.kv, ByteTokenizer(), threads)
             address = await endpoint.start(inference, membership, kv)
             async with grpc.aio.insecure_channel(address) as channel:
-                yield Api(twin, channel)
+                yield Api(twin, blends, channel)
             await endpoint.close()
 
 
@@ -117,6 +123,17 @@ async def test_chunks_of_a_text_are_marked_by_a_separator_and_counted_in_the_usa
         asked.text, asked.request_id = "no chunk here", "none"
         with pytest.raises(grpc.aio.AioRpcError, match="do not occur"):
             await served.collect(asked)
+
+
+async def test_a_blend_that_the_gate_does_not_allow_is_refused_but_for_the_check_that_runs() -> None:
+    async with api(blend_setting="verified") as served:
+        asked = served.message(4)
+        asked.kv_blend.chunks.add(start=0, end=20)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"pdserve verify --blend") as caught:
+            await served.collect(asked)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        asked.cache_salt = served.blends.begin_trial().cache_salt
+        assert (await served.collect(asked))[-1].usage.blended_tokens == 20
 
 
 async def test_choices_logprobs_and_skipped_text() -> None:

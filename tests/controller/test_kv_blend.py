@@ -18,7 +18,7 @@ from tests.controller.cluster_twin import asked, cluster
 
 IDENTITY = b"i" * 32
 PROMPT = array("i", range(100, 220)).tobytes()
-LIMITS = GenerateLimits("tiny", 4096, 256, 4, kv_blend=True)
+LIMITS = GenerateLimits("tiny", 4096, 256, 4)
 
 
 def packed(*token_ids: int) -> bytes:
@@ -146,11 +146,6 @@ def test_what_cannot_be_blended_is_refused_by_name(
     with pytest.raises(InvalidRequest) as caught:
         generation_request(changed, "r", PROMPT, LIMITS, None)
     assert caught.value.param == param
-
-
-def test_where_it_is_switched_off_the_setting_and_the_check_are_named() -> None:
-    with pytest.raises(InvalidRequest, match=r"pdserve verify --blend.*controller\.kv_blend"):
-        check_head(message(), replace(LIMITS, kv_blend=False))
 
 
 async def test_every_attempt_carries_the_same_chunks_and_no_exact_key() -> None:

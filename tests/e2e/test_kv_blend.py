@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import httpx
 import pytest
@@ -26,15 +27,23 @@ BLEND: dict[str, object] = {"chunks": CHUNKS, "method": "epic", "first_tokens": 
 BODY: dict[str, object] = {
     "prompt": TOKENS, "max_tokens": NEW_TOKENS, "temperature": 1, "seed": 5, "ignore_eos": True, "kv_blend": BLEND,
 }  # fmt: skip
+CHECK = ("verify", "--blend", "--count", "4")
+LOOSE = ("--agreement", "0", "--mean-kl", "9", "--max-kl", "9")
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One prefill and two decode workers, blends allowed."""
+    """One prefill and two decode workers; blends allowed, as the check has passed for both methods."""
     state_dir = tmp_path_factory.mktemp("blend") / "state"
-    cluster = Cluster(state_dir, "--prefill", "1", "--decode", "2", "--set", "controller.kv_blend=on")
-    yield cluster
-    cluster.stop()
+    cluster = Cluster(state_dir, "--prefill", "1", "--decode", "2", "--set", "controller.kv_blend=verified")
+    try:
+        wait_until(lambda: cluster.ready(3), "three workers ready")
+        for recipe in (("--ratio", "0.15"), ("--method", "epic", "--first-tokens", "0")):
+            passed = run_cli(cluster.state_dir, *CHECK, *LOOSE, *recipe)
+            assert passed.returncode == 0, passed.stdout + passed.stderr
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 async def _stream(cluster: Cluster, body: dict[str, object]) -> Streamed:
@@ -146,12 +155,9 @@ def test_messages_of_a_chat_are_found_again_in_another_order(cluster: Cluster) -
     assert answers[0][1] == answers[1][1] > 2 * 40
 
 
-def test_the_check_passes_with_loose_limits_and_fails_with_none(cluster: Cluster) -> None:
+def test_the_check_passes_with_loose_limits_and_tells_its_figures(cluster: Cluster) -> None:
     wait_until(lambda: cluster.ready(3), "three workers ready")
-    loose = run_cli(
-        cluster.state_dir, "verify", "--blend", "--count", "4", "--agreement", "0", "--mean-kl", "9", "--max-kl", "9",
-        "-o", "json",
-    )  # fmt: skip
+    loose = run_cli(cluster.state_dir, *CHECK, *LOOSE, "-o", "json")
     assert loose.returncode == 0, loose.stdout + loose.stderr
     told = json.loads(loose.stdout)
     assert told["passed"]
@@ -159,9 +165,33 @@ def test_the_check_passes_with_loose_limits_and_fails_with_none(cluster: Cluster
     assert 0 < told["blended_tokens"] < told["prompt_tokens"]
     assert told["max_kl_nats"] >= told["mean_kl_nats"] > 0
     assert told["naive_reuse"]["mean_kl_nats"] > 0
-    strict = run_cli(cluster.state_dir, "verify", "--blend", "--count", "4", "--mean-kl", "0")
+
+
+def test_a_model_that_fails_the_check_is_refused_after_a_restart_too_until_it_passes(cluster: Cluster) -> None:
+    wait_until(lambda: cluster.ready(3), "three workers ready")
+    body = {**BODY, "max_tokens": 1, "kv_blend": {"chunks": CHUNKS}}
+    asked = partial(httpx.post, f"{cluster.api_url}/v1/completions", json=body, timeout=60)
+    assert asked().status_code == 200
+    strict = run_cli(cluster.state_dir, *CHECK, "--mean-kl", "0")
     assert strict.returncode == 4, strict.stdout + strict.stderr
     assert "pdserve-tiny must not be served with kv_blend: mean KL" in strict.stdout
+    assert "blend failed (mean KL" in run_cli(cluster.state_dir, "status").stdout
+    assert "mean KL" in asked().json()["error"]["message"]
+    kill(int(str(cluster.status()["pid"])))
+    wait_until(lambda: _answers(cluster) and cluster.ready(3), "the next controller has three workers")
+    refused = asked()
+    assert refused.status_code == 400
+    assert "mean KL" in refused.json()["error"]["message"]
+    loose = run_cli(cluster.state_dir, *CHECK, *LOOSE)
+    assert loose.returncode == 0, loose.stdout + loose.stderr
+    assert asked().status_code == 200
+
+
+def _answers(cluster: Cluster) -> bool:
+    try:
+        return httpx.get(f"{cluster.api_url}/api/v1/status", timeout=5).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def test_where_it_is_switched_off_requests_and_the_check_are_refused(pair_cluster: Cluster) -> None:

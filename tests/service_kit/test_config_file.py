@@ -49,6 +49,12 @@ def test_a_set_of_text_needs_no_quotes() -> None:
     assert load_config(None, ["security.tls_cert=null"]).security.tls_cert is None
 
 
+@pytest.mark.parametrize("value", ["off", "verified", "on"])
+def test_a_bare_on_or_off_of_yaml_is_the_setting_of_that_name(tmp_path: Path, value: str) -> None:
+    assert load_config(_file(tmp_path, f"controller: {{kv_blend: {value}}}\n")).controller.kv_blend == value
+    assert load_config(None, [f"controller.kv_blend={value}"]).controller.kv_blend == value
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -16,8 +16,9 @@ from controller.http_api.app import create_app
 from controller.http_server import HttpServer, bind
 from controller.operations import ModelInfo
 from service_kit.api_keys import ApiKeys
-from service_kit.config import ControllerConfig, SecurityConfig
+from service_kit.config import BlendSetting, ControllerConfig, SecurityConfig
 from service_kit.metrics import Metrics
+from tests.controller.blend_twins import open_gate
 from tests.controller.http_api.twins import GeneratorTwin, OperationsTwin
 from tests.tokenization.fixtures import byte_level_backend, write_model_dir
 from tokenization.chat_template import ChatTemplate
@@ -56,13 +57,11 @@ def serve(
     folder: Path,
     api_keys: ApiKeys = ApiKeys(),  # noqa: B008 (frozen)
     *,
-    kv_blend: bool = True,
+    kv_blend: BlendSetting = "on",
 ) -> Iterator[ApiServer]:
     model = tiny_model(folder)
-    generator, operations = GeneratorTwin(model.tokenizer), OperationsTwin()
-    config = ControllerConfig(
-        max_body_bytes=MAX_BODY_BYTES, sse_keepalive_s=KEEPALIVE_S, max_choices=4, kv_blend=kv_blend
-    )
+    generator, operations = GeneratorTwin(model.tokenizer), OperationsTwin(blends=open_gate(kv_blend))
+    config = ControllerConfig(max_body_bytes=MAX_BODY_BYTES, sse_keepalive_s=KEEPALIVE_S, max_choices=4)
     app = create_app(generator, operations, model, config, Metrics("tiny"), api_keys)
     with bind("127.0.0.1", 0) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

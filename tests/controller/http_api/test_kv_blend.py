@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import httpx
 import pytest
@@ -146,7 +147,7 @@ def test_a_chat_beyond_the_context_is_refused_for_that(client: httpx.Client) -> 
 
 @pytest.fixture(scope="module")
 def exact_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    with serve(tmp_path_factory.mktemp("exact"), kv_blend=False) as server:
+    with serve(tmp_path_factory.mktemp("exact"), kv_blend="off") as server:
         yield server
 
 
@@ -162,3 +163,60 @@ def test_switched_off_it_is_a_400_that_names_the_setting_and_the_check(
     assert error["param"] == "kv_blend"
     assert "controller.kv_blend" in error["message"]
     assert "pdserve verify --blend" in error["message"]
+
+
+FINDINGS: dict[str, object] = {
+    "method": "blend", "ratio": 0.15, "first_tokens": 32, "blended_prompts": 30,
+    "figures": {"mean_kl_nats": 0.001, "max_kl_nats": 0.01, "top1_agreement": 1.0},
+    "allowed": {"mean_kl_nats": 0.05, "max_kl_nats": 1.0, "top1_agreement": 0.95}, "failures": [],
+}  # fmt: skip
+TRIALS, VERDICTS = "/api/v1/kv/blend/trials", "/api/v1/kv/blend/verdicts"
+
+
+@pytest.fixture
+def gated(tmp_path: Path) -> Iterator[httpx.Client]:
+    with serve(tmp_path, kv_blend="verified") as server, server.client() as client:
+        yield client
+
+
+def _asked(client: httpx.Client, **fields: object) -> httpx.Response:
+    return client.post("/v1/completions", json={**PROMPT, "kv_blend": ONE_CHUNK, **fields})
+
+
+def test_with_verified_a_verdict_opens_and_closes_the_gate_and_status_shows_it(gated: httpx.Client) -> None:
+    refused = _asked(gated)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "kv_blend"
+    for named in ("controller.kv_blend", "`verified`", "pdserve verify --blend"):
+        assert named in refused.json()["error"]["message"]
+    trial = gated.post(TRIALS).json()
+    assert _asked(gated, cache_salt=trial["cache_salt"]).status_code == 200
+    assert _asked(gated, cache_salt="mine").status_code == 400
+    verdict = gated.post(VERDICTS, json={"trial": trial["cache_salt"], **FINDINGS})
+    assert verdict.status_code == 200, verdict.text
+    assert _asked(gated).status_code == 200
+    assert _asked(gated, kv_blend={**ONE_CHUNK, "ratio": 0.1}).status_code == 400
+    told = gated.get("/api/v1/status").json()["kv_blend"]
+    assert (told["setting"], told["verdicts"]) == ("verified", [verdict.json()])
+    assert told["model_identities"] == [trial["model_identity"]]
+    trial = gated.post(TRIALS).json()
+    failed = {**FINDINGS, "trial": trial["cache_salt"], "failures": ["mean KL 0.2 nats, allowed 0.05"]}
+    assert gated.post(VERDICTS, json=failed).status_code == 200
+    assert "mean KL 0.2 nats, allowed 0.05" in _asked(gated).json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"trial": "unknown"}, {"ratio": 2}, {"blended_prompts": 0}, {"figures": {}}, {"failures": "none"}, {"more": 1}],
+)
+def test_a_verdict_of_no_trial_or_with_wrong_fields_is_refused(gated: httpx.Client, change: dict[str, object]) -> None:
+    trial = gated.post(TRIALS).json()["cache_salt"]
+    assert gated.post(VERDICTS, json={"trial": trial, **FINDINGS, **change}).status_code == 400
+    assert _asked(gated).status_code == 400
+
+
+def test_where_it_is_switched_off_no_check_begins(exact_server: ApiServer) -> None:
+    with exact_server.client() as client:
+        answer = client.post(TRIALS)
+    assert answer.status_code == 400
+    assert "controller.kv_blend" in answer.json()["error"]["message"]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
+from controller.blend_gate import BlendGate
 from controller.kv_operations import (
     KvExplanation,
     KvOutcome,
@@ -26,6 +27,7 @@ from controller.operations import ClusterStatus, RequestSummary, RequestTimeline
 from controller.placement.decision import Candidate, Decision, Pick
 from controller.request import Begun, Delta, GenerationRequest, Logprobs
 from pdserve.errors import NotFound
+from tests.controller.blend_twins import open_gate
 from tokenization.detokenizer import Detokenizer
 from tokenization.stop_strings import StopMatcher
 from tokenization.tokenizer import Tokenizer, ids_from_bytes
@@ -205,6 +207,7 @@ class OperationsTwin:
 
     workers: tuple[WorkerStatus, ...] = (WORKER,)
     kv: KvTwin = field(default_factory=KvTwin)
+    blends: BlendGate = field(default_factory=open_gate)
 
     def reset(self) -> None:
         self.workers = (WORKER,)
@@ -212,7 +215,8 @@ class OperationsTwin:
 
     def status(self) -> ClusterStatus:
         return ClusterStatus(
-            "http://127.0.0.1:1", "127.0.0.1:2", "c0", 1, "tiny", "0.1.0", 1.0, False, 0, 0, self.workers
+            "http://127.0.0.1:1", "127.0.0.1:2", "c0", 1, "tiny", "0.1.0", 1.0, False, 0, 0, self.workers,
+            self.blends.status(),
         )  # fmt: skip
 
     def requests(self, limit: int) -> tuple[RequestSummary, ...]:

@@ -1,0 +1,196 @@
+"""Who may ask for a blend: by the setting, by the last verdict on exactly this model, and while a check runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from controller.blend_gate import TRIAL_IDLE_S, TRIALS_MOST, BlendGate
+from controller.blend_verdicts import BlendFigures, BlendFindings, BlendVerdict, VerdictFile, VerdictShelf
+from controller.kv_blend import Recipe
+from pdserve.errors import InternalError, InvalidRequest, Unavailable
+from service_kit.config import BlendSetting
+from tests.controller.blend_twins import IDENTITY, ShelfTwin
+
+OTHER = bytes(32)
+ALLOWED = BlendFigures(0.05, 1.0, 0.95)
+PASSED = BlendFindings("blend", 0.15, 32, 30, BlendFigures(0.001, 0.01, 1.0), ALLOWED, ())
+FAILED = replace(PASSED, figures=BlendFigures(0.2, 0.9, 0.9), failures=("mean KL 0.2 nats, allowed 0.05",))
+
+
+@dataclass
+class Bench:
+    """A gate, the models that workers serve, and a clock."""
+
+    setting: BlendSetting = "verified"
+    shelf: VerdictShelf = field(default_factory=ShelfTwin)
+    models: frozenset[bytes] = frozenset([IDENTITY])
+    now_s: float = 1000.0
+
+    def __post_init__(self) -> None:
+        self.gate = self.restarted()
+
+    def restarted(self) -> BlendGate:
+        return BlendGate(self.setting, self.shelf, lambda: self.models, lambda: self.now_s, lambda: 1_700_000_000.0)
+
+    def verify(self, findings: BlendFindings) -> BlendVerdict:
+        return self.gate.conclude(self.gate.begin_trial().cache_salt, findings)
+
+    def refusal(self, recipe: Recipe | None = None, salt: str = "") -> str:
+        with pytest.raises(InvalidRequest) as caught:
+            self.gate.check(recipe or Recipe(), salt)
+        assert caught.value.param == "kv_blend"
+        return caught.value.message
+
+
+def test_off_refuses_all_and_the_check_too_and_names_the_setting() -> None:
+    bench = Bench("off")
+    assert "`controller.kv_blend: verified`" in bench.refusal()
+    with pytest.raises(InvalidRequest, match=r"controller\.kv_blend.*pdserve verify --blend"):
+        bench.gate.begin_trial()
+
+
+def test_on_allows_all_even_what_failed() -> None:
+    bench = Bench("on")
+    bench.gate.check(Recipe(), "")
+    bench.verify(FAILED)
+    bench.gate.check(Recipe(), "")
+
+
+def test_verified_refuses_until_the_check_has_passed_and_again_once_it_has_failed() -> None:
+    bench = Bench()
+    assert "has not passed" in bench.refusal()
+    assert "pdserve verify --blend" in bench.refusal()
+    assert "controller.kv_blend" in bench.refusal()
+    assert bench.verify(PASSED).passed
+    bench.gate.check(Recipe(), "")
+    assert not bench.verify(FAILED).passed
+    assert "mean KL 0.2 nats, allowed 0.05" in bench.refusal()
+    bench.verify(PASSED)
+    bench.gate.check(Recipe(), "")
+
+
+def test_a_verdict_is_on_one_model_and_all_that_serve_must_have_passed() -> None:
+    bench = Bench()
+    bench.verify(PASSED)
+    bench.models = frozenset([OTHER])
+    bench.refusal()
+    bench.models = frozenset([IDENTITY, OTHER])
+    bench.refusal()
+    with pytest.raises(InvalidRequest, match="different models"):
+        bench.gate.begin_trial()
+    bench.models = frozenset()
+    with pytest.raises(Unavailable):
+        bench.gate.check(Recipe(), "")
+    bench.models = frozenset([IDENTITY])
+    bench.gate.check(Recipe(), "")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "covered"),
+    [
+        (Recipe(ratio=0.15000000596046448), True),
+        (Recipe(ratio=0.5), True),
+        (Recipe(ratio="auto"), True),  # at least 0.15
+        (Recipe(ratio=0.1), False),
+        (Recipe("epic"), False),
+    ],
+)
+def test_it_covers_what_computes_at_least_as_much_anew(recipe: Recipe, covered: bool) -> None:
+    bench = Bench()
+    bench.verify(PASSED)
+    if covered:
+        bench.gate.check(recipe, "")
+    else:
+        bench.refusal(recipe)
+
+
+def test_methods_have_verdicts_of_their_own() -> None:
+    bench = Bench()
+    bench.verify(replace(PASSED, method="epic"))
+    bench.verify(FAILED)
+    bench.gate.check(Recipe("epic", first_tokens=32), "")
+    assert "first_tokens 32" in bench.refusal(Recipe("epic", first_tokens=0))
+    bench.refusal(Recipe())
+    bench.verify(replace(PASSED, ratio=0.3))
+    bench.refusal(Recipe(ratio="auto"))
+
+
+def test_a_check_asks_before_there_is_a_verdict_and_only_it() -> None:
+    bench = Bench()
+    trial = bench.gate.begin_trial()
+    assert trial.model_identity == IDENTITY.hex()
+    for _ in range(3):  # each of its requests keeps it alive
+        bench.gate.check(Recipe("epic", first_tokens=0), trial.cache_salt)
+        bench.now_s += TRIAL_IDLE_S - 1
+    bench.refusal(salt="blend-trial-other")
+    bench.now_s += 1
+    bench.refusal(salt=trial.cache_salt)
+    with pytest.raises(InvalidRequest, match="has ended"):
+        bench.gate.conclude(trial.cache_salt, PASSED)
+    trial = bench.gate.begin_trial()
+    bench.gate.conclude(trial.cache_salt, FAILED)
+    bench.refusal(salt=trial.cache_salt)
+
+
+def test_a_verdict_on_a_model_that_changed_meanwhile_is_refused() -> None:
+    bench = Bench()
+    trial = bench.gate.begin_trial()
+    bench.models = frozenset([OTHER])
+    with pytest.raises(InvalidRequest, match="another model"):
+        bench.gate.conclude(trial.cache_salt, PASSED)
+    bench.refusal()
+
+
+def test_trials_are_few_and_the_oldest_ends_first() -> None:
+    bench = Bench()
+    salts = [bench.gate.begin_trial().cache_salt for _ in range(TRIALS_MOST + 1)]
+    bench.refusal(salt=salts[0])
+    for salt in salts[1:]:
+        bench.gate.check(Recipe(), salt)
+
+
+def test_status_tells_the_verdicts_on_the_served_models_alone() -> None:
+    bench = Bench()
+    bench.verify(PASSED)
+    failed = bench.verify(replace(FAILED, method="epic"))
+    status = bench.gate.status()
+    assert (status.setting, status.model_identities) == ("verified", (IDENTITY.hex(),))
+    assert [verdict.findings.method for verdict in status.verdicts] == ["epic", "blend"]
+    assert status.verdicts[0] == failed
+    bench.models = frozenset([OTHER])
+    assert bench.gate.status().verdicts == ()
+
+
+def test_verdicts_outlive_the_controller_and_a_failed_one_too(tmp_path: Path) -> None:
+    bench = Bench(shelf=VerdictFile(tmp_path / "state" / "verdicts.json"))
+    bench.verify(PASSED)
+    bench.gate = bench.restarted()
+    bench.gate.check(Recipe(), "")
+    bench.verify(FAILED)
+    bench.gate = bench.restarted()
+    bench.refusal()
+    assert bench.gate.status().verdicts[0].findings == FAILED
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[{}]", b"\xff\xfe", b'[{"model_identity": 1}]'])
+def test_a_file_that_cannot_be_read_counts_as_never_verified(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "verdicts.json"
+    path.write_bytes(content)
+    bench = Bench(shelf=VerdictFile(path))
+    bench.refusal()
+    bench.verify(PASSED)
+    bench.gate = bench.restarted()
+    bench.gate.check(Recipe(), "")
+
+
+def test_a_failed_verdict_counts_at_once_even_where_it_cannot_be_written() -> None:
+    shelf = ShelfTwin()
+    bench = Bench(shelf=shelf)
+    bench.verify(PASSED)
+    shelf.failure = OSError(28, "No space left on device")
+    with pytest.raises(InternalError, match="No space left"):
+        bench.verify(FAILED)
+    bench.refusal()
