@@ -24,5 +24,8 @@ class EvictionPolicy(Protocol):
     def victim(self, evictable: Evictable) -> bytes | None:
         """The page to evict next; None where no page is evictable. The caller removes it."""
 
+    def bared(self, key: bytes) -> None:
+        """No page here has this one for its parent any more. It may be unknown, as a parent that never came."""
+
     def removed(self, key: bytes) -> None:
         """A page left: as the last victim, or because it was dropped."""

@@ -1,8 +1,9 @@
 """Owns a queue of pages in the order in which they leave, in which pages that may not leave now do not stand in the way. Pure.
 
-A page that is passed over (it is read, held, or has children) is parked: behind it others leave without asking it each time.
-Nobody tells the queue when a parked page may leave again, so it asks a few of them first: the last ones parked, where the parent
-of the page that just left stands, and the oldest ones in turn. It asks all of them only where nothing else can leave.
+A page that is passed over (it is read, held, or has children) is parked: behind it others leave without asking it each time. The
+first that are asked again are those that have lost their last child. Nobody tells the queue when a page is not read or held any
+more, so it asks a few others too: the last ones parked, and the oldest ones in turn. It asks all of them only where nothing else
+can leave.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ class Parked:
 
     def __init__(self) -> None:
         self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._bared: OrderedDict[bytes, None] = (
+            OrderedDict()
+        )  # of them, those whose last child left since they were asked
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._keys
@@ -37,9 +41,20 @@ class Parked:
 
     def leave(self, key: bytes) -> None:
         del self._keys[key]
+        self._bared.pop(key, None)
+
+    def bared(self, key: bytes) -> None:
+        """Its last child left. Without effect where it is not parked."""
+        if key in self._keys:
+            self._bared[key] = None
 
     def some(self, evictable: Evictable) -> bytes | None:
-        """One that may leave, of those that are likely to. O(1)."""
+        """One that may leave, of those that are likely to. O(1), but for those that lost their children, each asked once for that."""
+        while self._bared:
+            key = next(iter(self._bared))
+            if evictable(key):
+                return key
+            del self._bared[key]
         for key in islice(reversed(self._keys), ASKED_LAST):
             if evictable(key):
                 return key
@@ -73,6 +88,10 @@ class EvictionQueue:
             self._parked.leave(key)
         else:
             del self._waiting[key]
+
+    def bared(self, key: bytes) -> None:
+        """Its last child left. Without effect where it was not passed over."""
+        self._parked.bared(key)
 
     def first(self, evictable: Evictable, spared: Spared = _none_spared) -> bytes | None:
         """The page to leave next; it stays until `leave`. None where only a parked page that was not asked may leave.

@@ -28,7 +28,8 @@ class Gdsf:
     The clock is the priority of the last page that left, so that what was useful once does not stay for ever; uses are halved with
     every turn over of the tier for the same reason.
 
-    A parent whose priority is below its child's leaves right after it, never before: the tier gives up leaves first.
+    A parent counts no less than its child: the tier gives up leaves first, and a page passed over for its children is the next to
+    leave once it lost them.
 
     A page whose saving was not measured counts as much as the last one that was. Until there is one, all count the same, in a unit
     that the first measured one then sets for all of them.
@@ -64,6 +65,9 @@ class Gdsf:
     def victim(self, evictable: Evictable) -> bytes | None:
         self._victim = self._parked.some(evictable) or self._lowest(evictable) or self._parked.any(evictable)
         return self._victim
+
+    def bared(self, key: bytes) -> None:
+        self._parked.bared(key)
 
     def removed(self, key: bytes) -> None:
         page = self._pages.pop(key)

@@ -21,5 +21,8 @@ class Lru:
     def victim(self, evictable: Evictable) -> bytes | None:
         return self._queue.first(evictable) or self._queue.last_resort(evictable)
 
+    def bared(self, key: bytes) -> None:
+        self._queue.bared(key)
+
     def removed(self, key: bytes) -> None:
         self._queue.leave(key)

@@ -61,6 +61,10 @@ class S3Fifo:
         self._victim = key or self._small.last_resort(evictable) or self._main.last_resort(evictable)
         return self._victim
 
+    def bared(self, key: bytes) -> None:
+        self._small.bared(key)
+        self._main.bared(key)
+
     def removed(self, key: bytes) -> None:
         page = self._pages.pop(key)
         if page.main:

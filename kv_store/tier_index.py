@@ -287,5 +287,10 @@ class TierIndex:
 
     def _leave_parent(self, parent: bytes) -> None:
         self._children[parent] -= 1
-        if not self._children[parent]:
-            del self._children[parent]
+        if self._children[parent]:
+            return
+        del self._children[parent]
+        above = self._entries.get(parent)
+        if above is not None and above.state == "ready":
+            for policy in self._policies_of(above):
+                policy.bared(parent)

@@ -132,9 +132,36 @@ def test_pages_that_may_leave_again_do_so_before_all_others_left(policy: Evictio
     assert set(leaving(policy)[:100]) >= {key_of(number) for number in range(90)}
 
 
+def test_a_page_that_lost_its_last_child_is_the_next_to_leave_if_its_turn_has_passed(policy: EvictionPolicy) -> None:
+    fill(policy, 200)
+    parents = {key_of(number) for number in range(100)}
+    victim = policy.victim(lambda key: key not in parents)
+    assert victim == key_of(100)
+    policy.removed(victim)
+    parents -= {key_of(50), key_of(60)}
+    policy.bared(key_of(50))
+    policy.bared(key_of(60))
+    policy.bared(key_of(199))  # its turn has not come
+    policy.bared(b"never here")
+    for expected in (50, 60, 101):
+        victim = policy.victim(lambda key: key not in parents)
+        assert victim == key_of(expected)
+        policy.removed(victim)
+
+
+def test_a_page_that_lost_its_last_child_and_was_read_then_leaves_in_its_new_turn(policy: EvictionPolicy) -> None:
+    fill(policy, 20)
+    assert policy.victim(key_of(19).__eq__) == key_of(19)
+    policy.bared(key_of(0))
+    policy.hit(key_of(0))
+    assert leaving(policy)[-1] == key_of(0)
+
+
 @given(
     name=st.sampled_from(sorted(POLICIES)),
-    steps=st.lists(st.tuples(st.sampled_from(["add", "hit", "evict", "remove"]), st.integers(0, 7)), max_size=60),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["add", "hit", "evict", "remove", "bare"]), st.integers(0, 7)), max_size=60
+    ),
     stuck=st.sets(st.integers(0, 7)),
 )
 def test_a_victim_is_always_a_page_that_is_here_and_may_leave(name: str, steps: list[Step], stuck: set[int]) -> None:
@@ -151,6 +178,8 @@ def test_a_victim_is_always_a_page_that_is_here_and_may_leave(name: str, steps: 
         elif verb == "remove" and key in here:
             policy.removed(key)
             here.discard(key)
+        elif verb == "bare":
+            policy.bared(key)
         elif verb == "evict":
             victim = policy.victim(lambda key: key not in fixed)
             assert (victim is None) == (not here - fixed)

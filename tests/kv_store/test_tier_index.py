@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kv_store.gdsf import Gdsf
 from kv_store.lru import Lru
 from kv_store.page import Page, PageId
 from kv_store.policies import policy_of
@@ -286,3 +287,24 @@ def test_a_tenant_at_its_quota_gives_up_its_own_pages(name: str) -> None:
     assert granted
     assert [entry.place for entry in evicted] == [1]
     assert index.tenants() == {b"a": 1, b"b": 1}
+
+
+def test_chains_whose_ends_are_dear_leave_whole_under_gdsf_before_what_is_dearer_yet() -> None:
+    """Parents are cheaper than their children, so their turn passes while these are there."""
+    index = TierIndex(80, Gdsf(), TTL_S)
+
+    def store(number: int, parent: bytes, saving_s: float) -> list[int]:
+        page = Page(PageId(number.to_bytes(32, "big"), 0), parent, saving_s=saving_s)
+        granted, evicted = index.make_room(page, 1, 0.0)
+        assert granted
+        index.commit(index.begin(page, 1, number, 0.0))
+        return [entry.place for entry in evicted]
+
+    for chain in range(20):
+        for depth in range(3):
+            parent = (100 * chain + depth - 1).to_bytes(32, "big") if depth else b""
+            store(100 * chain + depth, parent, 1.0 + depth)
+    for number in range(5_000, 5_020):
+        store(number, b"", 50.0)
+    evicted = [place for number in range(6_000, 6_060) for place in store(number, b"", 50.0)]
+    assert evicted == [100 * chain + depth for chain in range(20) for depth in (2, 1, 0)]
