@@ -2,7 +2,8 @@
 
 `python -m benchmarks.second_token [--full]`. A real cluster (1 prefill + 1 decode worker) of a random 100M-parameter Llama. Prompts of
 fresh random tokens are asked through the SDK, one at a time, split over both workers by each transport and whole on the decode
-worker, in turns. The second token behind a hand-off waits for what of the KV was not sent during the prefill.
+worker, in turns. The second token behind a hand-off waits for what of the KV was not sent during the prefill. The time to the first
+stands beside it: whatever delays the first token shortens the gap behind it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import random
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
@@ -23,40 +25,59 @@ PROMPTS: dict[Mode, int] = {"quick": 5, "full": 15}
 TOKENS: dict[Mode, tuple[int, ...]] = {"quick": (1024,), "full": (1024, 4096)}
 ROUTES = {"one worker": Route("", "d0"), "ucx": Route("p0", "d0", "ucx"), "tcp": Route("p0", "d0", "tcp")}
 OUTPUT = 8
-Times = dict[str, list[float]]
+Times = dict[str, list[float]]  # ms by route
 
 
-def gaps_s(client: Client, prompt: list[int], route: Route) -> list[float]:
-    """Seconds between a prompt's tokens; the first is that from the first token to the second."""
+@dataclass(frozen=True, slots=True)
+class Taken:
+    first: Times
+    second: Times  # since the first
+    later: Times  # since the one before
+
+
+def waits_ms(client: Client, prompt: list[int], route: Route) -> list[float]:
+    """How long each token came after the one before, the first after the request."""
+    asked_s = time.monotonic()
     stream = client.generate(prompt, Sampling(OUTPUT, 0.0, ignore_eos=True), options=RequestOptions(route=route))
     arrived_s = [time.monotonic() for item in stream for _ in getattr(item, "token_ids", ())]
     if len(arrived_s) != OUTPUT:
         raise RuntimeError(f"{len(arrived_s)} tokens came instead of {OUTPUT}.")
-    return [later - earlier for earlier, later in itertools.pairwise(arrived_s)]
+    return [1e3 * (later - earlier) for earlier, later in itertools.pairwise((asked_s, *arrived_s))]
 
 
-def measure_tokens(client: Client, tokens: int, prompts: int) -> tuple[Times, Times]:
-    """By route: the gaps before the second token, and those after it."""
+def measure_tokens(client: Client, tokens: int, prompts: int) -> Taken:
     rng = random.Random(tokens)
-    second: Times = {name: [] for name in ROUTES}
-    later: Times = {name: [] for name in ROUTES}
+    taken = Taken(_by_route(), _by_route(), _by_route())
     for number in range(prompts + 1):
         for name, route in ROUTES.items():
-            gaps = gaps_s(client, [rng.randrange(10, LLAMA_100M.vocab) for _ in range(tokens)], route)
+            first, second, *later = waits_ms(
+                client, [rng.randrange(10, LLAMA_100M.vocab) for _ in range(tokens)], route
+            )
             if number:  # the first of each route opens connections
-                second[name].append(1e3 * gaps[0])
-                later[name] += [1e3 * gap for gap in gaps[1:]]
-    return second, later
+                taken.first[name].append(first)
+                taken.second[name].append(second)
+                taken.later[name] += later
+    return taken
 
 
-def measurements(tokens: int, second: Times, later: Times) -> list[Measurement]:
-    alone = ("one worker", second["one worker"])
-    rows = [measure(f"{tokens} tokens: to the second token, one worker", "ms", alone[1])]
+def _by_route() -> Times:
+    return {name: [] for name in ROUTES}
+
+
+def measurements(tokens: int, taken: Taken) -> list[Measurement]:
+    one_first, one_second = taken.first["one worker"], taken.second["one worker"]
+    rows = [
+        measure(f"{tokens} tokens: to the first token, one worker", "ms", one_first),
+        measure(f"{tokens} tokens: to the second token, one worker", "ms", one_second),
+    ]
     for name in ("ucx", "tcp"):
-        rows.append(
-            compare(f"{tokens} tokens: to the second token, handed off by {name}", "ms", second[name], alone, "lower")
-        )
-        rows.append(measure(f"{tokens} tokens: to later tokens, handed off by {name}", "ms", later[name]))
+        handed = f"handed off by {name}"
+        first, second = ("one worker", one_first), ("one worker", one_second)
+        rows += [
+            compare(f"{tokens} tokens: to the first token, {handed}", "ms", taken.first[name], first, "lower"),
+            compare(f"{tokens} tokens: to the second token, {handed}", "ms", taken.second[name], second, "lower"),
+            measure(f"{tokens} tokens: to later tokens, {handed}", "ms", taken.later[name]),
+        ]
     return rows
 
 
@@ -72,7 +93,7 @@ def run(mode: Mode, threads: int) -> Result:
             Client(str(cluster.get("/api/v1/status")["grpc_address"])) as client,
         ):
             for tokens in TOKENS[mode]:
-                rows += measurements(tokens, *measure_tokens(client, tokens, PROMPTS[mode]))
+                rows += measurements(tokens, measure_tokens(client, tokens, PROMPTS[mode]))
     settings: dict[str, str | int | float | bool] = {"model": DESCRIPTION, "threads": threads, "prompts": PROMPTS[mode]}
     return result("second_token", mode, settings, rows)
 
