@@ -15,6 +15,7 @@ from pdserve.installed_version import installed_version
 from service_kit.api_keys import ApiKeys, api_keys_from
 from service_kit.config import ClusterConfig
 from service_kit.config_file import load_config
+from service_kit.core_claims import own_service_cores
 from service_kit.entry_point import (
     EXIT_CONFIG,
     EXIT_DRAINED,
@@ -24,7 +25,7 @@ from service_kit.entry_point import (
     option_parser,
 )
 from service_kit.logs import configure_logs, get_logger
-from service_kit.process import die_with_parent
+from service_kit.process import die_with_parent, keep_to_cores
 from service_kit.start_up_objects import set_apart
 
 log = get_logger(__name__)
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load_config(options.config, options.set)
         keys = api_keys_from(os.environ)
+        keep_to_cores(own_service_cores(config.pool.service_cores))
     except ConfigInvalid as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_CONFIG

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 TransportName = Literal["auto", "ucx", "nixl", "tcp", "inproc"]
 RoleName = Literal["prefill", "decode"]
 BlendSetting = Literal["off", "verified", "on"]
+_CORES = r"^(auto|none|\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)$"
 
 
 def _switch(value: object) -> object:
@@ -66,7 +67,7 @@ class EngineConfig(Section):
     threads: int = Field(default=0, ge=0, description="Compute threads of one worker; 0 = cores divided by workers.")
     cores: str = Field(
         default="auto",
-        pattern=r"^(auto|none|\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)$",
+        pattern=_CORES,
         description="Cores that the engines' threads are bound to, one thread per core: `auto`, `none` or a list such as `0-3,6`. "
         "`pdserve up` gives each worker cores of its own: of the list, or with `auto` of all allowed cores that no other cluster "
         "has bound; where those are too few, or an engine has one thread, `auto` binds none and the supervisor's log says so. "
@@ -183,6 +184,13 @@ class PoolConfig(Section):
     both: int = Field(default=0, ge=0, le=512, description="Workers with both roles.")
     restart_backoff_s: float = Field(default=0.5, gt=0, description="First delay before a dead process is restarted.")
     restart_backoff_max_s: float = Field(default=10.0, gt=0, description="Largest delay; doubled at each early death.")
+    service_cores: str = Field(
+        default="auto",
+        pattern=_CORES,
+        description="Cores of the controller and of the workers' io processes: `auto`, `none` (any) or a list. With `auto` "
+        "`pdserve up` keeps them off the cores that engines which decode are bound to, where as many others are left as "
+        "there are workers. A process started by hand keeps to its list alone.",
+    )
 
 
 class SecurityConfig(Section):

@@ -1,8 +1,11 @@
-"""Owns which cores the threads of each engine are bound to. Pure.
+"""Owns which cores the threads of each engine are bound to, and which are left to everybody else of a cluster. Pure.
 
 Unbound, the kernel now and then puts two OpenMP threads of one engine on one core, and every barrier then waits for a time slice:
 decode steps take 4 to 10 times as long until the load balancer notices. One thread alone meets no barrier; bound, it could only
 queue behind whatever else runs on its core.
+
+A thread of the controller or of an io process that the kernel wakes on a core of a decode engine takes it from one of its threads, and
+the whole step waits at the next barrier. So they keep off those cores where enough others are left.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def bind_engines(engine: EngineConfig, workers: int, machine: MachineCores) -> C
     """
     listed = listed_cores(engine.cores)
     if listed:
-        return CoreBinding(_divided_list(engine, listed, workers, machine.allowed))
+        _check_allowed(listed, machine.allowed, "engine.cores")
+        return CoreBinding(_divided_list(engine, listed, workers))
     unbound: tuple[Cores, ...] = ((),) * workers
     if engine.cores == "none":
         return CoreBinding(unbound, "engine.cores is none")
@@ -56,6 +60,21 @@ def bind_engines(engine: EngineConfig, workers: int, machine: MachineCores) -> C
     return CoreBinding(tuple(_slices(_spread(machine, wanted), workers, threads)))
 
 
+def service_cores(setting: str, decoding: Sequence[Cores], workers: int, allowed: Cores) -> Cores:
+    """Cores of the controller and of the io processes of `workers` workers; none of them: anywhere. decoding: the cores of each
+    engine that decodes.
+
+    Raises ConfigInvalid where `setting`, pool.service_cores, lists cores that are not there.
+    """
+    listed = listed_cores(setting, "pool.service_cores")
+    if listed or setting == "none":
+        _check_allowed(listed, allowed, "pool.service_cores")
+        return listed
+    taken = {core for own in decoding for core in own}
+    left = tuple(core for core in allowed if core not in taken)
+    return left if taken and len(left) >= workers else ()
+
+
 def engine_threads(engine: EngineConfig, cores: Cores, workers: int, allowed: int) -> int:
     """Compute threads of one engine. cores: those it is bound to; allowed: how many it may use where it is not bound."""
     return engine.threads or len(cores) or max(1, allowed // max(1, workers))
@@ -66,30 +85,31 @@ def openmp_environment(cores: Cores) -> dict[str, str]:
     return {"GOMP_CPU_AFFINITY": " ".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))} if cores else {}
 
 
-def listed_cores(setting: str) -> Cores:
-    """The cores that a value of `engine.cores` lists, ascending; none for the words. Raises ConfigInvalid."""
+def listed_cores(setting: str, name: str = "engine.cores") -> Cores:
+    """The cores that the value of the setting `name` lists, ascending; none for the words. Raises ConfigInvalid."""
     if setting in ("auto", "none"):
         return ()
-    found = [core for part in setting.split(",") for core in _range(part, setting)]
+    found = [core for part in setting.split(",") for core in _range(part, setting, name)]
     if len(set(found)) != len(found):
-        raise ConfigInvalid(f"engine.cores is {setting}, which names a core twice.")
+        raise ConfigInvalid(f"{name} is {setting}, which names a core twice.")
     return tuple(sorted(found))
 
 
-def _range(part: str, setting: str) -> range:
+def _range(part: str, setting: str, name: str) -> range:
     first, _, last = part.partition("-")
     if last and int(last) < int(first):
-        raise ConfigInvalid(f"engine.cores is {setting}, but {part} ends before it begins.")
+        raise ConfigInvalid(f"{name} is {setting}, but {part} ends before it begins.")
     return range(int(first), int(last or first) + 1)
 
 
-def _divided_list(engine: EngineConfig, listed: Cores, workers: int, allowed: Collection[int]) -> tuple[Cores, ...]:
+def _check_allowed(listed: Cores, allowed: Collection[int], name: str) -> None:
     missing = [core for core in listed if core not in allowed]
     if missing:
         usable = ",".join(map(str, sorted(allowed)))
-        raise ConfigInvalid(
-            f"engine.cores names core {missing[0]}, which this process may not use. It may use {usable}."
-        )
+        raise ConfigInvalid(f"{name} names core {missing[0]}, which this process may not use. It may use {usable}.")
+
+
+def _divided_list(engine: EngineConfig, listed: Cores, workers: int) -> tuple[Cores, ...]:
     threads = engine.threads or max(1, len(listed) // max(1, workers))
     if threads * workers > len(listed):
         raise ConfigInvalid(

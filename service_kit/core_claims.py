@@ -11,7 +11,7 @@ import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from service_kit.core_binding import MachineCores
+from service_kit.core_binding import MachineCores, service_cores
 
 NAME = "pdserve-core"
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -48,6 +48,11 @@ class CoreClaims:
 
 def allowed_cores() -> tuple[int, ...]:
     return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def own_service_cores(setting: str) -> tuple[int, ...]:
+    """What pool.service_cores says to one process that does not know the others; none: anywhere. Raises ConfigInvalid."""
+    return service_cores(setting, (), 0, allowed_cores())
 
 
 def machine_cores(free: frozenset[int]) -> MachineCores:

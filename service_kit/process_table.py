@@ -6,29 +6,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from service_kit.config import PoolConfig
+from service_kit.core_binding import Cores
 from service_kit.process import ProcessSpec
 
 CONTROLLER = "controller"
 
 
 def process_table(
-    pool: PoolConfig, config_file: Path, python: str, cores: Sequence[Sequence[int]]
+    pool: PoolConfig, config_file: Path, python: str, cores: Sequence[Cores], service: Cores
 ) -> tuple[ProcessSpec, ...]:
     """The controller, then the workers: p0, p1, … prefill, d0, … decode, b0, … both.
 
     cores: of every worker in that order, those that its engine is bound to; empty where it is not.
+    service: those of the controller and the io processes; empty: any.
     """
-    controller = ProcessSpec(CONTROLLER, (python, "-m", "controller", "--config", str(config_file)))
-    common = (python, "-m", "worker", "--config", str(config_file))
+    given = ("--config", str(config_file), *_set("pool.service_cores", service))
+    controller = ProcessSpec(CONTROLLER, (python, "-m", "controller", *given))
+    common = (python, "-m", "worker", *given)
     workers = (
-        ProcessSpec(name, (*common, "--id", name, "--roles", roles, *_bound(own)))
+        ProcessSpec(name, (*common, "--id", name, "--roles", roles, *_set("engine.cores", own)))
         for (name, roles), own in zip(_workers(pool), cores, strict=True)
     )
     return (controller, *workers)
 
 
-def _bound(cores: Sequence[int]) -> tuple[str, ...]:
-    return ("--set", f"engine.cores={','.join(map(str, cores))}") if cores else ()
+def _set(name: str, cores: Cores) -> tuple[str, ...]:
+    return ("--set", f"{name}={','.join(map(str, cores))}") if cores else ()
 
 
 def _workers(pool: PoolConfig) -> Iterator[tuple[str, str]]:

@@ -21,8 +21,8 @@ from service_kit.api_keys import api_keys_from
 from service_kit.cluster_files import ClusterFiles, ClusterRecord, ProcessRow
 from service_kit.config import ClusterConfig
 from service_kit.config_file import load_config
-from service_kit.core_binding import CoreBinding, bind_engines
-from service_kit.core_claims import CoreClaims, allowed_cores, machine_cores
+from service_kit.core_binding import CoreBinding, bind_engines, service_cores
+from service_kit.core_claims import CoreClaims, allowed_cores, machine_cores, own_service_cores
 from service_kit.entry_point import EXIT_CONFIG, option_parser
 from service_kit.exposure import check_exposure
 from service_kit.logs import configure_logs, get_logger
@@ -190,6 +190,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load_config(options.config, options.set)
         check_exposure(config, api_keys_from(os.environ))
         _bind(config, frozenset(allowed_cores()))
+        own_service_cores(config.pool.service_cores)
         if options.print_config:
             sys.stdout.write(_printed(config) + "\n")
             return 0
@@ -214,7 +215,8 @@ def _run(config: ClusterConfig, files: ClusterFiles) -> None:
     policy = RestartPolicy(pool.restart_backoff_s, pool.restart_backoff_max_s)
     claims = CoreClaims()  # held until this process ends
     binding = _bound(config, claims)
-    table = process_table(pool, files.config, sys.executable, binding.cores)
+    service = service_cores(pool.service_cores, binding.cores[pool.prefill :], len(binding.cores), allowed_cores())
+    table = process_table(pool, files.config, sys.executable, binding.cores, service)
 
     async def serve() -> None:
         await supervise(Supervisor(table, policy, files, addresses, config.worker.drain_s))

@@ -18,7 +18,7 @@ from prefill_worker.service import PrefillService
 from service_kit.config import ClusterConfig
 from service_kit.config_file import load_config
 from service_kit.core_binding import Cores, bind_engines, listed_cores, openmp_environment
-from service_kit.core_claims import allowed_cores, machine_cores
+from service_kit.core_claims import allowed_cores, machine_cores, own_service_cores
 from service_kit.entry_point import (
     EXIT_CONFIG,
     EXIT_DRAINED,
@@ -28,7 +28,7 @@ from service_kit.entry_point import (
     option_parser,
 )
 from service_kit.logs import configure_logs, get_logger
-from service_kit.process import die_with_parent
+from service_kit.process import die_with_parent, keep_to_cores
 from service_kit.start_up_objects import set_apart
 from worker_runtime.engine_link import ProcessEngineLink
 from worker_runtime.grpc_endpoint import check_worker_exposure
@@ -89,9 +89,11 @@ async def _serve(settings: NodeSettings, engine_module: str, cores: Cores) -> in
 async def _open(settings: NodeSettings, engine_module: str, cores: Cores) -> WorkerNode:
     config = settings.config
     command = (sys.executable, "-m", engine_module)
+    service = own_service_cores(config.pool.service_cores)
     frame = config.model_dump_json().encode()
     link = await ProcessEngineLink.start(frame, config.worker.engine_start_s, command, openmp_environment(cores))
     try:
+        keep_to_cores(service)  # not before: the engine would inherit it
         roles = (PrefillService, DecodeService)
         return await WorkerNode.open(settings, link, roles, open_store=_store_opener(settings))
     except BaseException:

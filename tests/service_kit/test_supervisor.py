@@ -160,11 +160,13 @@ async def test_a_program_that_cannot_be_executed_is_retried_not_fatal(tmp_path: 
 
 def test_the_table_names_every_worker_and_its_roles() -> None:
     pool = PoolConfig(prefill=2, decode=1, both=1)
-    table = process_table(pool, Path("/s/config.json"), "python", ((0, 1), (2, 3), (), ()))
+    table = process_table(pool, Path("/s/config.json"), "python", ((0, 1), (2, 3), (), ()), ())
     assert [spec.name for spec in table] == ["controller", "p0", "p1", "d0", "b0"]
     assert table[0].command == ("python", "-m", "controller", "--config", "/s/config.json")
     assert table[2].command[-5:] == ("p1", "--roles", "prefill", "--set", "engine.cores=2,3")
     assert table[4].command[-3:] == ("b0", "--roles", "prefill,decode")
+    kept = process_table(pool, Path("/s/config.json"), "python", ((),) * 4, (0, 3))
+    assert {spec.command[5:7] for spec in kept} == {("--set", "pool.service_cores=0,3")}
 
 
 def test_a_taken_port_is_replaced_and_the_children_get_both_addresses() -> None:
