@@ -19,6 +19,7 @@ from simulator.modelled_engine import ModelledConfig
 from tests.controller.cluster_twin import ClusterTwin, Got, cluster
 
 PROMPT = array("i", range(20, 90)).tobytes()
+MODELLED = ModelledConfig()
 _IDS = iter(range(10**9))
 
 
@@ -28,7 +29,9 @@ def asked(max_tokens: int = 30, *, n: int = 1, seed: int = 5, route: Route | Non
 
 
 @asynccontextmanager
-async def controller_with(prefill: int, decode: int, both: int = 0) -> AsyncIterator[tuple[ClusterTwin, ClusterConfig]]:
+async def controller_with(
+    prefill: int, decode: int, both: int = 0, engine: ModelledConfig = MODELLED
+) -> AsyncIterator[tuple[ClusterTwin, ClusterConfig]]:
     async with cluster(grace_s=3.0) as twin:
         server = grpc.aio.server()
         api = MembershipApi(twin.fleet, "controller-under-test", 2.0)
@@ -36,7 +39,7 @@ async def controller_with(prefill: int, decode: int, both: int = 0) -> AsyncIter
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         config = ClusterConfig(controllers=(f"127.0.0.1:{port}",))
-        fleet = await Fleet.open(FleetSettings(prefill, decode, both, ModelledConfig()), config)
+        fleet = await Fleet.open(FleetSettings(prefill, decode, both, engine), config)
         running = asyncio.create_task(fleet.run())
         try:
             count = prefill + decode + both
@@ -109,7 +112,7 @@ def dispatches(twin: ClusterTwin, worker_id: str) -> int:
 async def test_a_lost_node_is_survived() -> None:
     async with controller_with(1, 1) as (twin, config):
         expected = (await twin.collect(asked(1500))).token_ids
-        doomed = await Fleet.open(FleetSettings(0, 1, 0, ModelledConfig(), prefix="doomed-"), config)
+        doomed = await Fleet.open(FleetSettings(0, 1, 0, MODELLED, prefix="doomed-"), config)
         running = asyncio.create_task(doomed.run())
         await twin.until(lambda: twin.state("doomed-d0") == "READY", "joined")
         streams = [asyncio.create_task(twin.collect(asked(1500))) for _ in range(6)]
