@@ -50,7 +50,8 @@ def verify_blend(options: argparse.Namespace, terminal: Terminal) -> int:
     reached = reaching_grpc(access(options))
     limits = Limits(options.mean_kl, options.max_kl, options.agreement)
     with reached.http(REQUEST_S) as http:
-        model = get(http, "/api/v1/status").text("model")
+        status = get(http, "/api/v1/status")
+        model, setting = status.text("model"), status.record("kv_blend").text("setting")
         cases = _cases(http, options)
         trial = post(http, f"{BLEND_PATH}/trials", {}).text("cache_salt")
     terminal.say(f"{len(cases)} prompts, each with full prefill and with {_recipe(options)}")
@@ -70,6 +71,10 @@ def verify_blend(options: argparse.Namespace, terminal: Terminal) -> int:
     terminal.result({**_plain(model, options, rows, quality, failures), "naive_reuse": _figures(naive)})
     if failures:
         terminal.say(f"FAILED: {model} must not be served with kv_blend: {'; '.join(failures)}.")
+        if setting == "on":
+            terminal.say(
+                "It still is: `controller.kv_blend` is `on`. With `verified` the controller would refuse it now."
+            )
         return EXIT_CHECK_FAILED
     if not naive.failures(limits):
         terminal.say(
