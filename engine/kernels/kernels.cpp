@@ -16,6 +16,7 @@
 #include <functional>
 #include <initializer_list>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -348,10 +349,16 @@ struct Ahead {
   int count, done, bytes;
   int at, burst;  // bytes of the next row that are fetched already; how many lines fetch_lines takes
 
-  inline __attribute__((always_inline)) void fetch_row(int end) {
-    if (done >= end) return;
-    const char* row = rows[done++];
-    for (int b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+  inline __attribute__((always_inline)) void fetch_row() {
+    if (done >= count) return;
+    const char *row = rows[done++], *end = row + bytes;
+    for (; end - row >= 4 * LINE; row += 4 * LINE) {
+      __builtin_prefetch(row, 0, 2);
+      __builtin_prefetch(row + LINE, 0, 2);
+      __builtin_prefetch(row + 2 * LINE, 0, 2);
+      __builtin_prefetch(row + 3 * LINE, 0, 2);
+    }
+    for (; row < end; row += LINE) __builtin_prefetch(row, 0, 2);
   }
 
   inline __attribute__((always_inline)) void fetch_lines() {
@@ -421,7 +428,8 @@ static void score_tile(const float* query, const float* key, int tokens, int dim
 struct Copied {
   const float* first;
   int dim;
-  static constexpr int WEIGHTS = PANEL;
+  static constexpr int PER_TOKEN = PANEL, PER_QUERY = 1;
+  static constexpr float* totals = nullptr;
   inline __attribute__((always_inline)) const float* value(int t) const { return first + t * dim; }
 };
 
@@ -430,15 +438,18 @@ template <typename Element>
 struct Scattered {
   const Element* const* keys;
   long to_value;
-  static constexpr int WEIGHTS = LANES;
+  float* totals;  // of each query's weights: one chain of sums, which costs nothing beside the others
+  static constexpr int PER_TOKEN = 1, PER_QUERY = TILE;
   inline __attribute__((always_inline)) const Element* value(int t) const { return keys[t] + to_value; }
 };
 
 // sum[q][d] += p[t][q] * value[t][d] for ROWS queries and VECTORS vectors of dimensions from d on. `beside` is called for every token.
 template <int ROWS, int VECTORS, typename Source, typename Beside>
 static inline __attribute__((always_inline)) void add_values(const float* score, const Source& source, int d, int dim, int tokens,
-                                                             float* sum, const Beside& beside) {
+                                                             float* sum, float* weights_total, const Beside& beside) {
   Vec total[ROWS][VECTORS];
+  float all[ROWS] = {};
+  for (int r = 0; weights_total && r < ROWS; r++) all[r] = weights_total[r];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++) total[r][v] = load(sum + r * dim + v * LANES);
   for (int t = 0; t < tokens; t++) {
@@ -447,25 +458,32 @@ static inline __attribute__((always_inline)) void add_values(const float* score,
     Vec line[VECTORS];
     for (int v = 0; v < VECTORS; v++) line[v] = load(value + v * LANES);
     for (int r = 0; r < ROWS; r++) {
-      Vec weight = splat(score[t * Source::WEIGHTS + r]);
+      const float alone = score[t * Source::PER_TOKEN + r * Source::PER_QUERY];
+      const Vec weight = splat(alone);
+      if (Source::PER_TOKEN == 1) all[r] += alone;
       for (int v = 0; v < VECTORS; v++) total[r][v] += weight * line[v];
     }
   }
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++) store(sum + r * dim + v * LANES, total[r][v]);
+  for (int r = 0; weights_total && r < ROWS; r++) weights_total[r] = all[r];
 }
 
 template <int VECTORS, typename Source, typename Beside>
 static void add_values_of(const float* score, const Source& source, int d, int dim, int tokens, int queries, float* sum,
                           const Beside& beside) {
+  const auto add = [&](auto rows, int q) __attribute__((always_inline)) {
+    float* total = source.totals && d == 0 ? source.totals + q : nullptr;
+    add_values<decltype(rows)::value, VECTORS>(score + q * Source::PER_QUERY, source, d, dim, tokens, sum + q * dim, total, beside);
+  };
   int q = 0;
-  for (; q + 6 <= queries; q += 6) add_values<6, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside);
+  for (; q + 6 <= queries; q += 6) add(std::integral_constant<int, 6>(), q);
   switch (queries - q) {
-    case 1: add_values<1, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
-    case 2: add_values<2, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
-    case 3: add_values<3, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
-    case 4: add_values<4, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
-    case 5: add_values<5, VECTORS>(score + q, source, d, dim, tokens, sum + q * dim, beside); break;
+    case 1: add(std::integral_constant<int, 1>(), q); break;
+    case 2: add(std::integral_constant<int, 2>(), q); break;
+    case 3: add(std::integral_constant<int, 3>(), q); break;
+    case 4: add(std::integral_constant<int, 4>(), q); break;
+    case 5: add(std::integral_constant<int, 5>(), q); break;
   }
 }
 
@@ -545,7 +563,9 @@ static void find_keys(const Attention& a, const int32_t* blocks, int kv_head, in
   int t = 0, page = position / a.page_tokens, offset = position % a.page_tokens;
   for (; t < tokens; page++, offset = 0) {
     const Element* from = head + blocks[page] * page_size + offset * line;
-    for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line) keys[t] = from;
+    const int count = std::min(tokens - t, a.page_tokens - offset);
+    for (int i = 0; i < count; i++) keys[t + i] = from + i * line;
+    t += count;
   }
   for (const Element* last = keys[tokens - 1]; t % LANES; t++) keys[t] = last;
 }
@@ -561,38 +581,147 @@ static void look_ahead(const Attention& a, const int32_t* blocks, int kv_head, i
   int page = position / a.page_tokens, offset = position % a.page_tokens;
   for (int t = 0; t < tokens; page++, offset = 0) {
     const char* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
-    for (; t < tokens && offset < a.page_tokens; t++, offset++, from += line) {
-      next.rows[t] = from;
-      next.rows[tokens + t] = from + to_value;
-    }
+    const int count = std::min(tokens - t, a.page_tokens - offset);
+    for (int i = 0; i < count; i++) next.rows[t + i] = from + i * line;
+    for (int i = 0; i < count; i++) next.rows[tokens + t + i] = from + to_value + i * line;
+    t += count;
   }
 }
 
-// scores[q][TILE] of a vector of keys, which are turned in registers.
-template <int QUERIES, typename Element>
+// Of two vectors of four-byte parts, in every 16 bytes: the first halves, or the second ones, part by part or pair by pair.
+#if defined(__AVX512F__)
+typedef __m512d VecPairs;
+static inline __attribute__((always_inline)) Vec low_parts(Vec one, Vec two) { return _mm512_unpacklo_ps(one, two); }
+static inline __attribute__((always_inline)) Vec high_parts(Vec one, Vec two) { return _mm512_unpackhi_ps(one, two); }
+static inline __attribute__((always_inline)) VecPairs low_of(VecPairs one, VecPairs two) { return _mm512_unpacklo_pd(one, two); }
+static inline __attribute__((always_inline)) VecPairs high_of(VecPairs one, VecPairs two) { return _mm512_unpackhi_pd(one, two); }
+#else
+typedef __m256d VecPairs;
+static inline __attribute__((always_inline)) Vec low_parts(Vec one, Vec two) { return _mm256_unpacklo_ps(one, two); }
+static inline __attribute__((always_inline)) Vec high_parts(Vec one, Vec two) { return _mm256_unpackhi_ps(one, two); }
+static inline __attribute__((always_inline)) VecPairs low_of(VecPairs one, VecPairs two) { return _mm256_unpacklo_pd(one, two); }
+static inline __attribute__((always_inline)) VecPairs high_of(VecPairs one, VecPairs two) { return _mm256_unpackhi_pd(one, two); }
+#endif
+static inline __attribute__((always_inline)) Vec low_pairs(Vec one, Vec two) {
+  return reinterpret_cast<Vec>(low_of(reinterpret_cast<VecPairs>(one), reinterpret_cast<VecPairs>(two)));
+}
+static inline __attribute__((always_inline)) Vec high_pairs(Vec one, Vec two) {
+  return reinterpret_cast<Vec>(high_of(reinterpret_cast<VecPairs>(one), reinterpret_cast<VecPairs>(two)));
+}
+
+constexpr int PARTS = LANES / 2;  // of four bytes of every key, which are turned together
+constexpr int TOGETHER = LANES == 16 ? 3 : 2;  // vectors of keys that few queries read: alone, their sums would wait for themselves
+static_assert(TILE / LANES % TOGETHER == 0);
+
+// parts[i][lane]: the part `at + i` of each key. Loads put halves in place by themselves: that much less is left to shuffle.
+template <typename Element>
+static inline __attribute__((always_inline)) void turn(const Element* const* keys, long at, Vec* parts) {
+  const auto from = [&](int key) __attribute__((always_inline)) { return reinterpret_cast<const float*>(keys[key]) + at; };
+  Vec mixed[PARTS];
+  for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)
+    const auto pair = [&](int key) __attribute__((always_inline)) {
+      return static_cast<Vec>(_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(from(key))), _mm256_loadu_ps(from(key + 4)), 1));
+    };
+    const Vec one = pair(i), two = pair(i + 8);
+    mixed[i] = _mm512_shuffle_f32x4(one, two, 0x88);
+    mixed[i + 4] = _mm512_shuffle_f32x4(one, two, 0xdd);
+#else
+    mixed[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from(i))), _mm_loadu_ps(from(i + 4)), 1);
+#endif
+  }
+  for (int i = 0; i < PARTS; i += 4) {
+    const Vec low = low_parts(mixed[i], mixed[i + 1]), high = high_parts(mixed[i], mixed[i + 1]);
+    const Vec low_next = low_parts(mixed[i + 2], mixed[i + 3]), high_next = high_parts(mixed[i + 2], mixed[i + 3]);
+    parts[i] = low_pairs(low, low_next);
+    parts[i + 1] = high_pairs(low, low_next);
+    parts[i + 2] = low_pairs(high, high_next);
+    parts[i + 3] = high_pairs(high, high_next);
+  }
+}
+
+// sum[q] += the products of one part of a vector of keys: a dimension, or two of bfloat16, the first in the lower bits.
+template <int QUERIES>
+static inline __attribute__((always_inline)) void add_part(Vec part, const float* query, Vec* sum, const float*) {
+  for (int q = 0; q < QUERIES; q++) sum[q] += part * splat(query[q]);
+}
+template <int QUERIES>
+static inline __attribute__((always_inline)) void add_part(Vec part, const float* query, Vec* sum, const uint16_t*) {
+  VecBits bits;
+  std::memcpy(&bits, &part, sizeof bits);
+  const VecBits low = bits << 16, high = bits & 0xffff0000u;
+  Vec first, second;
+  std::memcpy(&first, &low, sizeof first);
+  std::memcpy(&second, &high, sizeof second);
+  for (int q = 0; q < QUERIES; q++) sum[q] += first * splat(query[q]);
+  for (int q = 0; q < QUERIES; q++) sum[q] += second * splat(query[LANES + q]);
+}
+
+// scores[q][TILE] of VECTORS vectors of keys, which are turned in registers.
+template <int QUERIES, int VECTORS, typename Element>
 static inline __attribute__((always_inline)) void score_keys(const float* query, const Element* const* keys, int dim, float* score,
                                                              Ahead& next) {
+  constexpr int EACH = 4 / sizeof(Element);  // dimensions of a part
+  const int rows = std::max(1, LANES * PARTS * EACH / dim);  // fetched while as many bytes are turned
+  Vec sum[VECTORS][QUERIES];
+  for (int v = 0; v < VECTORS; v++)
+    for (int q = 0; q < QUERIES; q++) sum[v][q] = Vec{};
+  for (int d = 0; d < dim; d += PARTS * EACH)
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; v++) {
+      Vec parts[PARTS];
+      turn(keys + v * LANES, d / EACH, parts);
+      for (int row = 0; row < rows; row++) next.fetch_row();
+      const float* here = query + d * LANES;
+      __asm__("" : "+r"(here));  // read anew for each vector: kept, these would take the registers of the sums
+      for (int i = 0; i < PARTS; i++)
+        add_part<QUERIES>(parts[i], here + i * EACH * LANES, sum[v], static_cast<const Element*>(nullptr));
+    }
+  for (int v = 0; v < VECTORS; v++)
+    for (int q = 0; q < QUERIES; q++) store(score + q * TILE + v * LANES, sum[v][q]);
+}
+
+// The same of float8, widened before it is turned.
+template <int QUERIES>
+static inline __attribute__((always_inline)) void score_keys_wide(const float* query, const uint8_t* const* keys, int dim,
+                                                                  float* score, Ahead& next) {
   Vec sum[QUERIES];
   for (int q = 0; q < QUERIES; q++) sum[q] = Vec{};
   for (int d = 0; d < dim; d += LANES) {
     Vec rows[LANES];
     for (int i = 0; i < LANES; i++) rows[i] = load(keys[i] + d);
     transpose(rows);
-    for (int i = 0; i < LANES; i++) {
-      if (i % 4 == 0) next.fetch_row(next.count / 2);
+    for (int row = 0; row < std::max(1, LANES * LANES / dim); row++) next.fetch_row();
+    for (int i = 0; i < LANES; i++)
       for (int q = 0; q < QUERIES; q++) sum[q] += rows[i] * splat(query[(d + i) * LANES + q]);
-    }
   }
   for (int q = 0; q < QUERIES; q++) store(score + q * TILE, sum[q]);
 }
 
 template <int QUERIES, typename Element>
 static void score_few(const float* query, const Element* const* keys, int tokens, int dim, float* score, Ahead& next) {
-  for (int t = 0; t < tokens; t += LANES) score_keys<QUERIES>(query, keys + t, dim, score + t, next);
+  constexpr int VECTORS = QUERIES <= 2 ? TOGETHER : 1;
+  int t = 0;
+  if constexpr (sizeof(Element) == 1) {
+    for (; t < tokens; t += LANES) score_keys_wide<QUERIES>(query, keys + t, dim, score + t, next);
+  } else {
+    for (; t + (VECTORS - 1) * LANES < tokens; t += VECTORS * LANES)
+      score_keys<QUERIES, VECTORS>(query, keys + t, dim, score + t, next);
+    for (; t < tokens; t += LANES) score_keys<QUERIES, 1>(query, keys + t, dim, score + t, next);
+  }
 }
 
-// As mask_tile and weigh_tile, from scores [q][TILE] to weights [token][LANES].
-static void weigh_few(int dim, long position, int tokens, Panel& p, const float* scores, float* weights) {
+static inline __attribute__((always_inline)) float highest_of(Vec lanes) {
+  for (int width = LANES / 2; width; width /= 2) {
+    VecInt from;
+    for (int lane = 0; lane < LANES; lane++) from[lane] = lane ^ width;
+    lanes = larger(lanes, __builtin_shuffle(lanes, from));
+  }
+  return lanes[0];
+}
+
+// As mask_tile and weigh_tile, from scores [q][TILE] to weights in their place; add_values adds these to the totals.
+static void weigh_few(int dim, long position, int tokens, Panel& p, float* scores) {
   VecInt lanes;
   for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
   const bool masked = position < p.most_begin || position + TILE > p.least_end;
@@ -608,20 +737,12 @@ static void weigh_few(int dim, long position, int tokens, Panel& p, const float*
       }
       most = line[v] > most ? line[v] : most;
     }
-    float highest = p.highest[q];
-    for (int lane = 0; lane < LANES; lane++) highest = most[lane] > highest ? most[lane] : highest;
-    const float base = highest == -INFINITY ? 0.0f : highest;
+    const float highest = std::max(p.highest[q], highest_of(most)), base = highest == -INFINITY ? 0.0f : highest;
     factor[q] = exp_negative(splat(p.highest[q] - base))[0];
     p.highest[q] = highest;
-    for (int v = 0; v < vectors; v++) {
-      float out[LANES];
-      store(out, exp_negative(line[v] - splat(base)));
-      for (int lane = 0; lane < LANES; lane++) weights[(v * LANES + lane) * LANES + q] = out[lane];
-    }
+    p.total[q] *= factor[q];
+    for (int v = 0; v < vectors; v++) store(scores + q * TILE + v * LANES, exp_negative(line[v] - splat(base)));
   }
-  Vec total = load(p.total) * load(factor);
-  for (int t = 0; t < tokens; t++) total += load(weights + t * LANES);
-  store(p.total, total);
   rescale(dim, 0, p, factor);
 }
 
@@ -629,7 +750,7 @@ template <typename Element>
 static void attend_few(const Attention& a, const int32_t* blocks, long position, int tokens, Panel& p, Scratch& s) {
   const Element* keys[TILE];
   find_keys(a, blocks, p.kv_head, static_cast<int>(position), tokens, keys);
-  float *scores = s.few_score.data(), *weights = s.score.data();
+  float* scores = s.few_score.data();
   const float* query = p.query.data();
   switch (p.queries) {
     case 1: score_few<1>(query, keys, tokens, a.dim, scores, s.next); break;
@@ -643,9 +764,9 @@ static void attend_few(const Attention& a, const int32_t* blocks, long position,
     case 8: score_few<8>(query, keys, tokens, a.dim, scores, s.next); break;
 #endif
   }
-  weigh_few(a.dim, position, tokens, p, scores, weights);
-  const Scattered<Element> values{keys, static_cast<long>(a.kv_heads) * a.dim * a.page_tokens};
-  add_all_values(weights, values, a.dim, tokens, p.queries, p.sum.data(), [&s] { s.next.fetch_row(s.next.count); });
+  weigh_few(a.dim, position, tokens, p, scores);
+  const Scattered<Element> values{keys, static_cast<long>(a.kv_heads) * a.dim * a.page_tokens, p.total};
+  add_all_values(scores, values, a.dim, tokens, p.queries, p.sum.data(), [&s] { s.next.fetch_row(); });
 }
 
 static void attend_few_of(const Attention& a, const int32_t* blocks, long position, int tokens, Panel& p, Scratch& s) {
