@@ -445,7 +445,7 @@ struct Scattered {
 
 // sum[q][d] += p[t][q] * value[t][d] for ROWS queries and VECTORS vectors of dimensions from d on. `beside` is called for every token.
 template <int ROWS, int VECTORS, typename Source, typename Beside>
-static inline __attribute__((always_inline)) void add_values(const float* score, const Source& source, int d, int dim, int tokens,
+static inline __attribute__((always_inline)) void add_values(const float* score, const Source source, int d, int dim, int tokens,
                                                              float* sum, float* weights_total, const Beside& beside) {
   Vec total[ROWS][VECTORS];
   float all[ROWS] = {};
