@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from controller.blend_ratio import FLOOR, MOST_COMPUTED
 from controller.kv_blend import KvBlend, Recipe
@@ -71,3 +73,30 @@ def chunk_reuse(demand: BlendDemand, holdings: KvHoldings, prices: KvPrices) -> 
         else:
             device += chunk.tokens
     return Reuse(device, stored, max(0.0, load - demand.beside_tokens))
+
+
+class _Found(NamedTuple):
+    changes: int  # of the holdings
+    prices: KvPrices
+    reuse: Reuse
+
+
+class RememberedReuse:
+    """What each worker spares one prompt that waits: looked up anew only where that worker's holdings or prices have changed, for
+    it is asked for at every report of every worker. Forgets holdings that are gone."""
+
+    def __init__(self, demand: BlendDemand) -> None:
+        self.demand = demand
+        self._found: WeakKeyDictionary[KvHoldings, _Found] = WeakKeyDictionary()
+
+    def at(self, holdings: KvHoldings, prices: KvPrices) -> Reuse:
+        found = self._found.get(holdings)
+        if found is None or found.changes != holdings.changes or not _same_price(found, prices):
+            reuse = chunk_reuse(self.demand, holdings, prices)
+            found = self._found[holdings] = _Found(holdings.changes, prices, reuse)
+        return found.reuse
+
+
+def _same_price(found: _Found, prices: KvPrices) -> bool:
+    """What need not be loaded has no price."""
+    return found.prices is prices or not found.reuse.stored_tokens or found.prices.tiers == prices.tiers

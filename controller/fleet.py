@@ -9,7 +9,7 @@ from typing import Protocol
 import grpc
 
 from controller import membership
-from controller.chunk_reuse import BlendDemand, chunk_reuse
+from controller.chunk_reuse import RememberedReuse
 from controller.kv_sources import best_source, with_pulls
 from controller.membership import ConnectionLost, DeclareLost, Dial, Heard, Limits
 from controller.pending_commands import PendingCommands
@@ -94,10 +94,10 @@ class Fleet:
         found = ((record.worker_id, record.holdings.reuse(block_hashes, record.prices())) for record in records)
         return {worker_id: reuse for worker_id, reuse in found if reuse != NO_REUSE}
 
-    def chunk_reuse(self, demand: BlendDemand) -> dict[str, Reuse]:
+    def chunk_reuse(self, remembered: RememberedReuse) -> dict[str, Reuse]:
         """The same for the chunks of a blended prompt, which are not pulled."""
         records = self._records.values()
-        found = ((record.worker_id, chunk_reuse(demand, record.holdings, record.prices())) for record in records)
+        found = ((record.worker_id, remembered.at(record.holdings, record.prices())) for record in records)
         return {worker_id: reuse for worker_id, reuse in found if reuse != NO_REUSE}
 
     def kv_source(self, puller: str, block_hashes: bytes) -> worker_pb2.KvSource | None:

@@ -19,6 +19,7 @@ class KvHoldings:
         self._tiers: dict[bytes, set[str]] = {}
         self._units: dict[str, int] = {}  # per tier
         self._next_sequence = 0  # 0: nothing is known yet
+        self.changes = 0  # messages applied: what was looked up holds while it stays
 
     def apply(self, message: worker_pb2.KvEvents) -> bool:
         """False where events are missing: what is known is not the whole truth any more, a snapshot must be asked for."""
@@ -26,6 +27,7 @@ class KvHoldings:
         if not afresh and message.first_sequence != self._next_sequence:
             return False
         self._next_sequence = message.first_sequence + len(message.events)
+        self.changes += 1
         for event in message.events:
             self._apply(event)
         return True

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from types import MappingProxyType
 from typing import NamedTuple
 
 from controller.admission import Waiting, WaitingQueue, note_shortage
-from controller.chunk_reuse import blend_demand
+from controller.chunk_reuse import RememberedReuse, blend_demand
 from controller.dispatch import Group
 from controller.fleet import Fleet
+from controller.kv_blend import KvBlend
 from controller.live_request import LiveRequest
 from controller.placement.decision import Pick
 from controller.placement.explain import Placed
@@ -47,6 +48,15 @@ class _Reusable(NamedTuple):
     recomputed_tokens: int = 0
 
 
+class _Blended(NamedTuple):
+    """What a request asks, and what was found for exactly that; None: engines compute its prompt whole."""
+
+    asked: KvBlend
+    identity: bytes
+    layers: int
+    remembered: RememberedReuse | None
+
+
 class WaitingRoom:
     def __init__(
         self,
@@ -62,6 +72,7 @@ class WaitingRoom:
         self._observer = observer
         self._rng = rng
         self._stages: dict[LiveRequest, dict[Waiting[Group], OpenStage]] = {}
+        self._blended: dict[LiveRequest, _Blended] = {}
         self._placing = False
         self._again = False
 
@@ -116,7 +127,8 @@ class WaitingRoom:
             outcome = place(snapshot, demand, self._settings.policy, self._rng)
             attempt = live.next_attempt() if outcome.pick is not None else 0
             if outcome.pick is not None or outcome.shortage != entry.short:
-                self._note(live, Placed(snapshot, demand, self._settings.policy_name, self._settings.policy,
+                told = self._with_reuse(entry, demand) if demand.route is not None else demand
+                self._note(live, Placed(snapshot, told, self._settings.policy_name, self._settings.policy,
                                         outcome, attempt, now - live.timeline.arrived_s))  # fmt: skip
             self._carry_out(entry, outcome, attempt, now, placing)
 
@@ -138,8 +150,7 @@ class WaitingRoom:
     def _demand(self, entry: Waiting[Group]) -> Demand:
         live, choices = entry.item.live, entry.item.choices
         request = live.request
-        reuse, reused, recomputed = self._reuse(live, choices[0])
-        return Demand(
+        demand = Demand(
             tokens=request.prompt_tokens + len(live.outputs[choices[0]].token_ids),
             limit_tokens=request.prompt_tokens + request.sampling.max_tokens,
             choices=len(choices),
@@ -148,10 +159,13 @@ class WaitingRoom:
             refused_now=frozenset(entry.refused_now),
             bad_pairs=frozenset(live.bad_pairs),
             suspect=live.deaths > 0,
-            reuse=reuse,
-            reused=reused,
-            recomputed_tokens=recomputed,
         )
+        # Placement scores nobody for a forced route, and tries all that wait for one at every report: it is looked up when told.
+        return demand if request.route is not None else self._with_reuse(entry, demand)
+
+    def _with_reuse(self, entry: Waiting[Group], demand: Demand) -> Demand:
+        reuse, reused, recomputed = self._reuse(entry.item.live, entry.item.choices[0])
+        return replace(demand, reuse=reuse, reused=reused, recomputed_tokens=recomputed)
 
     def _reuse(self, live: LiveRequest, choice: int) -> _Reusable:
         identity = self._fleet.identity()
@@ -159,11 +173,18 @@ class WaitingRoom:
             return _Reusable()  # what is computed for the log-probabilities of its prompt is not taken from anywhere
         if live.kv_blend is None:
             return _Reusable(self._fleet.reusable(live.block_hashes(identity, live.token_ids(choice))))
-        keys, layers = live.chunk_keys(identity), self._fleet.layers()
-        wanted = blend_demand(live.kv_blend, keys, live.request.prompt_tokens, max(1, layers))
-        if wanted is None:
+        remembered = self._remembered(live, live.kv_blend, identity)
+        if remembered is None:
             return _Reusable()  # engines compute it whole
-        return _Reusable(self._fleet.chunk_reuse(wanted), "chunks", wanted.recomputed_tokens)
+        return _Reusable(self._fleet.chunk_reuse(remembered), "chunks", remembered.demand.recomputed_tokens)
+
+    def _remembered(self, live: LiveRequest, asked: KvBlend, identity: bytes) -> RememberedReuse | None:
+        layers, known = self._fleet.layers(), self._blended.get(live)
+        if known is None or known.asked is not asked or (known.identity, known.layers) != (identity, layers):
+            wanted = blend_demand(asked, live.chunk_keys(identity), live.request.prompt_tokens, max(1, layers))
+            remembered = RememberedReuse(wanted) if wanted is not None else None
+            known = self._blended[live] = _Blended(asked, identity, layers, remembered)
+        return known.remembered
 
     def _close_stage(self, entry: Waiting[Group], attempt: int, now: float) -> None:
         entries = self._stages.get(entry.item.live, {})
@@ -172,6 +193,7 @@ class WaitingRoom:
             stage.ended_s, stage.attempt = now, attempt
         if not entries:
             self._stages.pop(entry.item.live, None)
+            self._blended.pop(entry.item.live, None)
 
 
 def _too_long(snapshot: FleetSnapshot, demand: Demand) -> PdserveError:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
 from controller.blend_ratio import FLOOR, BlendCost
-from controller.chunk_reuse import BlendDemand, blend_demand, chunk_reuse
+from controller.chunk_reuse import BlendDemand, RememberedReuse, blend_demand, chunk_reuse
 from controller.kv_blend import Chunk, KvBlend, Recipe, keys_of
 from controller.kv_holdings import KvHoldings
 from controller.kv_prices import GUESSED_SHARE, KvPrices, prices_of
 from controller.placement.snapshot import NO_REUSE, Reuse
+from controller.request import Route
 from kv_transfer.keys import HASH_BYTES, split_keys
 from pdserve.v1 import worker_pb2
 from tests.controller.cluster_twin import ClusterTwin, asked, cluster
@@ -172,3 +175,87 @@ async def test_a_queue_in_front_of_the_worker_with_the_chunks_sends_the_prompt_e
         busy.waiting_tokens = 5000
         record.report(busy, 0.0)
         assert await computed_at(twin, "elsewhere") != "p1"
+
+
+class CountedHoldings(KvHoldings):
+    def __init__(self) -> None:
+        super().__init__()
+        self.look_ups = 0  # of a chunk
+
+    def units_by_tier(self, keys: Iterable[bytes], nearest: Iterable[str]) -> dict[str, int] | None:
+        self.look_ups += 1
+        return super().units_by_tier(keys, nearest)
+
+
+def counted(twin: ClusterTwin, name: str) -> CountedHoldings:
+    record = twin.fleet.record(name)
+    assert record is not None
+    if not isinstance(record.holdings, CountedHoldings):
+        record.holdings = CountedHoldings()
+    assert isinstance(record.holdings, CountedHoldings)
+    return record.holdings
+
+
+def test_what_was_looked_up_holds_until_the_holdings_or_the_price_of_a_load_change() -> None:
+    holdings, remembered = CountedHoldings(), RememberedReuse(demanded(replace(BLEND, recipe=Recipe("epic"))))
+    slower = KvPrices({"host": 0.02, "disk": 0.2})
+    cleared = worker_pb2.KvEvent(kind=CLEARED)
+
+    def looked_up(prices: KvPrices) -> tuple[int, Reuse]:
+        before = holdings.look_ups
+        reuse = remembered.at(holdings, prices)
+        assert reuse == chunk_reuse(remembered.demand, holdings, prices)
+        return holdings.look_ups - before - len(BLEND.chunks), reuse
+
+    assert holdings.apply(worker_pb2.KvEvents(first_sequence=1, events=[cleared, stored("device", KEYS[0])]))
+    assert looked_up(PRICES) == (2, Reuse(256))
+    assert looked_up(PRICES)[0] == 0
+    assert looked_up(slower)[0] == 0, "nothing is loaded"
+    assert holdings.apply(worker_pb2.KvEvents(first_sequence=3, events=[stored("host", KEYS[1])]))
+    assert looked_up(slower)[0] == 2
+    assert looked_up(KvPrices({**slower.tiers}))[0] == 0, "the same prices, reported again"
+    assert looked_up(PRICES)[0] == 2
+    assert holdings.apply(worker_pb2.KvEvents(first_sequence=1, events=[cleared]))
+    assert looked_up(PRICES) == (2, NO_REUSE)
+
+
+@pytest.mark.parametrize("route", [None, Route("p0", "d0")])
+async def test_a_blended_prompt_that_waits_is_not_looked_up_again_at_every_report(route: Route | None) -> None:
+    async with cluster() as twin:
+        await twin.add(twin.twin("d0", DECODE, max_batch=1))
+        for name in ("p0", "p1"):
+            await twin.add(twin.twin(name, PREFILL))
+            counted(twin, name)
+            tell_kv(twin.workers[name], 1, worker_pb2.KvEvent(kind=CLEARED), stored("device", KEYS[0]))
+        await twin.until(lambda: bool(units(twin, "p0") and units(twin, "p1")), "events came")
+        running = asyncio.create_task(twin.collect(asked(4000)))
+        await twin.until(lambda: bool(twin.workers["d0"].runs), "d0 is full")
+        wanted = [replace(asked(2, prompt=PROMPT), kv_blend=BLEND, route=route) for _ in range(5)]
+        waiting = [asyncio.create_task(twin.collect(request)) for request in wanted]
+        await twin.until(lambda: twin.service.queued == 5, "all wait")
+        twin.service.changed("d0")
+
+        def looked_up(pumps: int) -> dict[str, int]:
+            before = {name: counted(twin, name).look_ups for name in ("p0", "p1")}
+            for _ in range(pumps):
+                twin.service.changed("p0")
+            return {name: counted(twin, name).look_ups - before[name] for name in before}
+
+        assert looked_up(40) == {"p0": 0, "p1": 0}
+        assert counted(twin, "p1").apply(worker_pb2.KvEvents(first_sequence=3, events=[stored("device", KEYS[1])]))
+        assert looked_up(40) == {"p0": 0, "p1": 0 if route else len(BLEND.chunks)}  # the first in the queue alone
+        for task in (running, *waiting):
+            task.cancel()
+        await asyncio.gather(running, *waiting, return_exceptions=True)
+
+
+async def test_a_forced_route_is_told_what_its_worker_held_though_it_was_not_asked_for() -> None:
+    async with cluster() as twin:
+        await start(twin, {"p1": "device"})
+        routed = replace(asked(2, prompt=PROMPT), kv_blend=BLEND, request_id="routed", route=Route("p1", "d0"))
+        await twin.collect(routed)
+        timeline = twin.desk.request("routed")
+        assert timeline is not None
+        decision = timeline.decisions[0]
+        assert (decision.reason, decision.reused) == ("forced", "chunks")
+        assert {each.device_tokens for each in decision.candidates if each.prefill_worker == "p1"} == {512}
