@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,11 +27,11 @@ from pdserve.rpc_errors import error_from_rpc
 from pdserve.v1 import kv_pull_pb2, kv_pull_pb2_grpc
 from service_kit.logs import get_logger
 from worker_runtime.kv_endpoint import KvEndpoint
+from worker_runtime.pull_speeds import PullSpeeds
 from worker_runtime.stretches import Stretch
 
 PEER_TIER = "peer"
 GUESSED_BYTES_PER_S = 3e8  # until the first measurement
-PEERS_REMEMBERED = 256
 TRIES = 2  # the second one asks for what the peer has
 
 log = get_logger(__name__)
@@ -51,26 +51,19 @@ class OpenPages:
 
 @dataclass(slots=True)
 class PullFigures:
-    """Since the start. speeds: by peer, the last ones that were pulled from."""
+    """Since the start."""
 
     failed: Counter[str] = field(default_factory=Counter)  # by reason
-    speeds: OrderedDict[str, Speed] = field(default_factory=OrderedDict)
-
-    def pulled(self, peer: str, pages: int, seconds: float) -> None:
-        speed = self.speeds.setdefault(peer, Speed(0.0))
-        self.speeds.move_to_end(peer)
-        speed.measured(pages, seconds)
-        if len(self.speeds) > PEERS_REMEMBERED:
-            self.speeds.popitem(last=False)
+    speeds: PullSpeeds = field(default_factory=PullSpeeds)
 
 
 class PagePulls:
-    """address: of this worker's gRPC server, known once it is bound."""
+    """address: of this worker's gRPC server, known once it is bound. clock: of what pulls took."""
 
-    def __init__(self, kv: KvEndpoint, address: Callable[[], str]) -> None:
+    def __init__(self, kv: KvEndpoint, address: Callable[[], str], clock: Callable[[], float] = time.monotonic) -> None:
         layout = kv.side.groups[0]
-        self.figures = PullFigures()
-        self.speed = Speed(layout.layer_count * layout.block_bytes / GUESSED_BYTES_PER_S)
+        self.figures = PullFigures(speeds=PullSpeeds(layout.layer_count * layout.block_bytes / GUESSED_BYTES_PER_S))
+        self._clock = clock
         self._page_tokens = layout.page_tokens
         self._kv = kv
         self._address = address
@@ -87,24 +80,32 @@ class PagePulls:
         return Run(PEER_TIER, pages)
 
     def speed_of(self, source: KvSource | None) -> Speed:
-        """Of that peer; of all together where it was never pulled from."""
-        return self.figures.speeds.get(source.worker_id, self.speed) if source is not None else self.speed
+        """Of that peer; of all together where there is nothing to believe of it."""
+        return self.figures.speeds.of(source, self._clock())
+
+    def computes(self, page_s: float) -> None:
+        """What a pull competes with; 0 = not measured yet."""
+        if page_s > 0:
+            self.figures.speeds.compute_page_s = page_s
 
     async def pull(self, source: KvSource, stretch: Stretch, into: OpenPages, deadline_s: float) -> int:
         """How many pages are good, from `into.first_page` on. No writer is left when it returns."""
-        started_s = time.monotonic()
+        speeds, started_s = self.figures.speeds, self._clock()
+        connected = speeds.connected(source)
         try:
             pages = await self._pull(source, stretch, into, deadline_s)
         except PdserveError as error:
+            speeds.disconnect(source)
             self.figures.failed[error.reason] += 1
             self._failing.setdefault(source.worker_id, Backoff()).failed(time.monotonic())
             log.warning("pull_failed", peer=source.worker_id, reason=error.reason, message=error.message)
             return 0
         self._failing.pop(source.worker_id, None)
         if pages:
-            seconds = time.monotonic() - started_s
-            self.speed.measured(pages, seconds)
-            self.figures.pulled(source.worker_id, pages, seconds)
+            now_s = self._clock()
+            speeds.connect(source)
+            if connected:  # else it took the time to connect too, on both sides
+                speeds.measured(source, pages, now_s - started_s, now_s)
         else:
             self.figures.failed["not_found"] += 1  # the controller knew more than there is
         return pages

@@ -171,6 +171,8 @@ class PageTiers:
     def computes(self, token_s: float) -> None:
         """What a load competes with; 0 = not measured yet."""
         self._cost.measured(token_s * self._page_tokens)
+        if self._pulls is not None:
+            self._pulls.computes(self._cost.page_s)
 
     def close(self) -> None:
         self._reads.close()

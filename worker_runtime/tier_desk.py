@@ -94,8 +94,8 @@ class TierDesk:
                 lent_tokens=self._loans.lent_tokens,
                 failed_loans=self._loans.failed,
                 pull_speeds=[
-                    worker_pb2.PullSpeed(worker_id=peer, page_us=speed.page_s * 1e6)
-                    for peer, speed in self._pulls.speeds.items()
+                    worker_pb2.PullSpeed(worker_id=peer, page_us=page_s * 1e6)
+                    for peer, page_s in self._pulls.speeds.told(self._clock()).items()
                 ],
             )
         )

@@ -29,14 +29,23 @@ async def test_pages_on_the_device_are_lent_and_counted_on_both_sides() -> None:
         assert await puller.pull(lender) == PAGES
         await nothing_held(lender, puller)
         assert lender.loans.figures.lent_tokens == PAGES * PAGE_TOKENS
-        assert puller.pulls.speed.samples == 1
-        assert (
-            puller.pulls.speed_of(lender.source()).page_s
-            == puller.pulls.figures.speeds[lender.source().worker_id].page_s
-            > 0
-        )
         assert not lender.loans.figures.failed
         assert not puller.pulls.figures.failed
+
+
+async def test_the_time_to_connect_is_not_taken_for_the_speed_of_a_peer() -> None:
+    async with open_peers() as (lender, puller):
+        await lender.compute()
+        for pages, samples in ((2, 0), (4, 1), (6, 2)):
+            assert await puller.pull(lender, pages) == 2
+            assert puller.pulls.speed_of(lender.source()).samples == samples
+        lender.engine.paused = []
+        assert await puller.pull(lender, 8, deadline_s=0.2) == 0
+        lender.engine.resume()
+        for pages, samples in ((8, 2), (10, 3)):
+            assert await puller.pull(lender, pages) == 2
+            assert puller.pulls.speed_of(lender.source()).samples == samples
+        assert list(puller.pulls.figures.speeds.told(time.monotonic())) == [lender.source().worker_id]
 
 
 async def test_pages_that_only_a_tier_has_are_read_lent_and_kept_on_the_device() -> None:

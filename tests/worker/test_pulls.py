@@ -81,10 +81,17 @@ async def test_a_prompt_computed_by_one_worker_is_pulled_by_another(
     expected = await peers.computed()
     assert await peers.pulled() == expected
     assert peers.cached() == 16 * PAGES
+    assert not (await peers.figures(peers.puller)).pull_speeds, "the first pull connects"
+    peers.lender.send(commands.generate(peers.work(3, 1)))
+    await peers.lender.until_finished(3)
+    await peers.lender.until(lambda: keys_of(peers.root, 1) <= held(peers.lender, "device"))
+    peers.puller.send(commands.generate(peers.hinted(4, 1)))
+    await peers.puller.until_finished(4)
+    assert peers.puller.tokens(4) == peers.lender.tokens(3)
     figures = await peers.figures(peers.puller)
-    assert figures.loaded_tokens == {"peer": 16 * PAGES}
+    assert figures.loaded_tokens == {"peer": 2 * 16 * PAGES}
     assert [speed.worker_id for speed in figures.pull_speeds if speed.page_us > 0] == ["w0"]
-    assert (await peers.figures(peers.lender)).lent_tokens == 16 * PAGES
+    assert (await peers.figures(peers.lender)).lent_tokens == 2 * 16 * PAGES
     await all_free(peers.lender, peers.puller)
 
 
