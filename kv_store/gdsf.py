@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
+from kv_store.benefit import LEAST_BENEFIT_S
 from kv_store.eviction import Evictable
 from kv_store.eviction_queue import Parked
 
@@ -32,7 +33,7 @@ class Gdsf:
     leave once it lost them.
 
     A page whose saving was not measured counts as much as the last one that was. Until there is one, all count the same, in a unit
-    that the first measured one then sets for all of them.
+    that the first measured one then sets for all of them. One that is worth nothing here says nothing of the others.
     """
 
     def __init__(self) -> None:
@@ -46,12 +47,14 @@ class Gdsf:
         self._victim: bytes | None = None
 
     def added(self, key: bytes, size_bytes: int, saving_s: float) -> None:
-        if saving_s:
+        worthless = 0.0 < saving_s <= LEAST_BENEFIT_S
+        if saving_s and not worthless:
             if not self._measured_s:
                 self._set_unit(saving_s)
             self._measured_s = saving_s
+        counted_s = saving_s if worthless else self._measured_s or 1.0
         self._turns += 1.0 / (len(self._pages) + 1)
-        self._pages[key] = _Ranked(size_bytes, self._measured_s or 1.0, 1.0, self._turns, 0.0, 0)
+        self._pages[key] = _Ranked(size_bytes, counted_s, 1.0, self._turns, 0.0, 0)
         self._rank(key)
 
     def hit(self, key: bytes) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv_store.benefit import LEAST_BENEFIT_S
 from kv_store.eviction import EvictionPolicy
 from kv_store.gdsf import Gdsf
 from kv_store.policies import POLICIES, policy_of
@@ -272,6 +273,25 @@ def test_gdsf_ranks_an_unmeasured_page_like_the_last_measured_one() -> None:
     policy.added(b"fast", 10, 0.1)
     policy.added(b"unmeasured", 10, 0.0)
     assert leaving(policy) == [b"fast", b"unmeasured", b"slow"]
+
+
+def test_gdsf_takes_no_unit_from_a_page_that_is_worth_nothing() -> None:
+    policy = Gdsf()
+    policy.added(b"unmeasured", 10, 0.0)
+    policy.added(b"worthless", 10, LEAST_BENEFIT_S)
+    policy.added(b"measured", 10, 0.5)
+    policy.added(b"cheap", 10, 0.1)
+    policy.hit(b"cheap")
+    assert leaving(policy) == [b"worthless", b"cheap", b"unmeasured", b"measured"]
+
+
+def test_gdsf_ranks_an_unmeasured_page_by_no_page_that_is_worth_nothing() -> None:
+    policy = Gdsf()
+    policy.added(b"measured", 10, 0.5)
+    policy.added(b"worthless", 10, LEAST_BENEFIT_S)
+    policy.added(b"unmeasured", 10, 0.0)
+    policy.added(b"cheap", 10, 0.1)
+    assert leaving(policy) == [b"worthless", b"cheap", b"measured", b"unmeasured"]
 
 
 def test_gdsf_gives_parked_pages_the_unit_of_the_first_measurement_too() -> None:
