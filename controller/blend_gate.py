@@ -71,6 +71,12 @@ class BlendGate:
         for identity in identities:
             self._check_verdict(self._verdicts.get((identity.hex(), recipe.method)), recipe)
 
+    def check_at(self, identity: bytes, recipe: Recipe, cache_salt: str) -> None:
+        """The same for the worker that was picked: it may serve another model than those that were ready when the request came.
+        Raises InvalidRequest."""
+        if self._setting == "verified" and self._trial(cache_salt) is None:
+            self._check_verdict(self._verdicts.get((identity.hex(), recipe.method)), recipe)
+
     def _check_verdict(self, verdict: BlendVerdict | None, recipe: Recipe) -> None:
         method = recipe.method
         if verdict is None:

@@ -62,11 +62,10 @@ class ControllerNode:
         )
         self._fleet = Fleet(fleet_settings, clock)
         rng = Random(secrets.randbits(64))
-        self._service = ControllerService(
-            self._fleet, model.tokenizer, _service_settings(config), RequestObserver(metrics), rng, clock
-        )
         shelf = VerdictFile(config.state_dir / VERDICTS_FILE)
         blends = BlendGate(config.controller.kv_blend, shelf, self._fleet.identities, clock, time.time)
+        settings = _service_settings(config, blends)
+        self._service = ControllerService(self._fleet, model.tokenizer, settings, RequestObserver(metrics), rng, clock)
         desk = OperatorDesk(self._fleet, self._service, self._identity, blends, config.worker.drain_s, clock)
         app = create_app(self._service, desk, model, config.controller, metrics, keys)
         listener = bind(config.controller.host, config.controller.port)
@@ -125,12 +124,13 @@ def write_state(state_dir: Path, identity: Identity) -> None:
     draft.replace(state_dir / STATE_FILE)
 
 
-def _service_settings(config: ClusterConfig) -> ServiceSettings:
+def _service_settings(config: ClusterConfig, blends: BlendGate) -> ServiceSettings:
     limits = config.controller
     transport = config.transfer.transport
     return ServiceSettings(
         AdmissionLimits(limits.queue_limit, limits.queue_timeout_s, limits.no_worker_grace_s),
         PlacementSettings(limits.placement, policy_named(limits.placement), "" if transport == "auto" else transport),
+        blends,
         request_timeout_s=limits.request_timeout_s,
         max_attempts=limits.max_attempts,
         timelines_kept=limits.decisions_kept,

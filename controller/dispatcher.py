@@ -20,7 +20,7 @@ from controller.placement.decision import Pick
 from controller.request_metrics import RequestObserver
 from controller.waiting_room import Placing, WaitingRoom
 from controller.work_orders import WorkOrders
-from pdserve.errors import NoCapacity, PdserveError, WorkerLost
+from pdserve.errors import InvalidRequest, NoCapacity, PdserveError, WorkerLost
 from pdserve.v1 import worker_pb2
 from service_kit.logs import get_logger
 
@@ -32,13 +32,14 @@ class Dispatcher:
         self,
         fleet: Fleet,
         room: WaitingRoom,
+        orders: WorkOrders,
         reserve_answer_s: float,
         observer: RequestObserver,
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._room = room
-        self._orders = WorkOrders(fleet)
+        self._orders = orders
         self._reserve_answer_s = reserve_answer_s
         self._observer = observer
         self._clock = clock
@@ -65,7 +66,11 @@ class Dispatcher:
         now, group = self._clock(), entry.item
         decode = self._fleet.record(pick.decode_worker)
         assert decode is not None, "picked from a snapshot of this moment"
-        work = self._orders.order(group, attempt, pick)
+        try:
+            work = self._orders.order(group, attempt, pick)
+        except InvalidRequest as refusal:
+            self.fail(group.live, refusal)
+            return
         dispatch = begin(entry, attempt, pick, work, now, self._reserve_answer_s)
         tokens = group.live.request.prompt_tokens + dispatch.notes.resumed_tokens
         self.table.add(dispatch, burdens_of(group, pick, tokens, decode.view().block_tokens))

@@ -59,6 +59,7 @@ class LiveRequest:
         self.key = key
         self.request = request
         self.kv_blend = request.kv_blend  # its ratio is chosen before the first dispatch, and stays
+        self.blended_on = b""  # identity of the model that its last order was for, if that was to blend
         self.timeline = timeline
         self.states = [ChoiceState(max_attempts) for _ in range(request.n)]
         self.outputs = [ChoiceOutput(request, vocabulary) for _ in range(request.n)]

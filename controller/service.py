@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 from controller.admission import AdmissionLimits, WaitingQueue, check_route
+from controller.blend_gate import BlendGate
 from controller.choice_output import Vocabulary
 from controller.dispatch import Group
 from controller.dispatch_events import DispatchEvents
@@ -21,6 +22,7 @@ from controller.request import Begun, Delta, GenerationRequest
 from controller.request_metrics import RequestObserver
 from controller.timeline import Timeline, TimelineRing
 from controller.waiting_room import PlacementSettings, WaitingRoom
+from controller.work_orders import WorkOrders
 from controller.worker_losses import WorkerLosses
 from pdserve.errors import DeadlineExceeded, InvalidRequest, PdserveError, Unavailable, WorkerLost
 from pdserve.v1 import worker_pb2
@@ -37,6 +39,7 @@ log = get_logger(__name__)
 class ServiceSettings:
     admission: AdmissionLimits
     placement: PlacementSettings
+    blends: BlendGate  # asked again for the worker that a request goes to
     request_timeout_s: float
     max_attempts: int
     timelines_kept: int
@@ -62,7 +65,8 @@ class ControllerService:
         self._clock = clock
         self._queue: WaitingQueue[Group] = WaitingQueue(settings.admission)
         room = WaitingRoom(fleet, self._queue, settings.placement, observer, rng)
-        self._dispatcher = Dispatcher(fleet, room, settings.placement.reserve_answer_s, observer, clock)
+        orders = WorkOrders(fleet, settings.blends)
+        self._dispatcher = Dispatcher(fleet, room, orders, settings.placement.reserve_answer_s, observer, clock)
         self._table = self._dispatcher.table
         self._losses = WorkerLosses(fleet, self._dispatcher, clock)
         self._events = DispatchEvents(self._table, self._dispatcher, observer, clock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from controller.blend_gate import BlendGate
 from controller.blend_ratio import choose_ratio
 from controller.blend_speeds import cost_of
 from controller.dispatch import Group
@@ -15,17 +16,27 @@ from pdserve.v1 import worker_pb2
 
 
 class WorkOrders:
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, blends: BlendGate) -> None:
         self._fleet = fleet
+        self._blends = blends
 
     def order(self, group: Group, attempt: int, pick: Pick) -> worker_pb2.Work:
-        """For the workers of `pick`, which is of this moment. The first one of a request settles the ratio of its blend."""
+        """For the workers of `pick`, which is of this moment. The first one of a request settles the ratio of its blend. Raises
+        InvalidRequest where it asks for a blend that has not passed for the model of these workers."""
         decode = self._fleet.record(pick.decode_worker)
         assert decode is not None, "picked from a snapshot of this moment"
+        identity = decode.info.identity.digest
+        self._check_blend(group.live, identity)
         self._choose_ratio(group.live, pick)
-        work = _work(group, attempt, decode.info.identity.digest)
+        work = _work(group, attempt, identity)
         self._name_source(work, pick)
         return work
+
+    def _check_blend(self, live: LiveRequest, identity: bytes) -> None:
+        """Once per model: a request that runs goes on, on that model, though its verdict is withdrawn."""
+        if live.kv_blend is not None and live.blended_on != identity:
+            self._blends.check_at(identity, live.kv_blend.recipe, live.request.cache_salt)
+            live.blended_on = identity
 
     def _choose_ratio(self, live: LiveRequest, pick: Pick) -> None:
         """By what was measured where it is computed first."""

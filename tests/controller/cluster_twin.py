@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from controller.admission import AdmissionLimits
+from controller.blend_gate import BlendGate
 from controller.fleet import Fleet, FleetSettings
 from controller.operator_desk import Identity, OperatorDesk
 from controller.placement.policies import policy_named
@@ -130,6 +131,7 @@ async def cluster(
     queue_timeout_s: float = 10.0,
     request_timeout_s: float = 30.0,
     patience: float = 5.0,
+    blends: BlendGate | None = None,
 ) -> AsyncIterator[ClusterTwin]:
     """`patience` stretches the deadlines for silent workers: real engines on a busy machine need more than twins."""
     clock = asyncio.get_running_loop().time
@@ -138,6 +140,7 @@ async def cluster(
     settings = ServiceSettings(
         AdmissionLimits(queue_limit, queue_timeout_s, grace_s),
         PlacementSettings("least-loaded", policy_named("least-loaded"), "", reserve_answer_s=0.3 * patience),
+        blends or open_gate(),
         request_timeout_s=request_timeout_s,
         max_attempts=5,
         timelines_kept=100,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 
 from controller.blend_gate import TRIAL_IDLE_S, TRIALS_MOST, BlendGate
 from controller.blend_verdicts import BlendFigures, BlendFindings, BlendVerdict, VerdictFile, VerdictShelf
-from controller.kv_blend import Recipe
+from controller.kv_blend import Chunk, KvBlend, Recipe
+from controller.request import GenerationRequest
 from pdserve.errors import InternalError, InvalidRequest, Unavailable
 from service_kit.config import BlendSetting
 from tests.controller.blend_twins import IDENTITY, ShelfTwin
+from tests.controller.cluster_twin import ClusterTwin, asked, cluster
+from tests.controller.worker_twin import DECODE, PREFILL, WorkerTwin
 
 OTHER = bytes(32)
 ALLOWED = BlendFigures(0.05, 1.0, 0.95)
@@ -194,3 +198,76 @@ def test_a_failed_verdict_counts_at_once_even_where_it_cannot_be_written() -> No
     with pytest.raises(InternalError, match="No space left"):
         bench.verify(FAILED)
     bench.refusal()
+
+
+def test_the_worker_that_was_picked_is_asked_about_alone() -> None:
+    bench = Bench()
+    bench.verify(PASSED)
+    bench.models = frozenset([IDENTITY, OTHER])
+    bench.gate.check_at(IDENTITY, Recipe(), "")
+    with pytest.raises(InvalidRequest, match="has not passed"):
+        bench.gate.check_at(OTHER, Recipe(), "")
+    for setting in ("on", "off"):  # what was let in while it was off asks for no blend
+        Bench(setting).gate.check_at(OTHER, Recipe(), "")
+    bench.models = frozenset([OTHER])
+    bench.gate.check_at(OTHER, Recipe(), bench.gate.begin_trial().cache_salt)
+
+
+OLD, NEW = b"o" * 32, b"n" * 32
+
+
+def verified(*models: bytes) -> Bench:
+    """Models with a verdict; the workers serve the old one."""
+    kept = tuple(BlendVerdict(model.hex(), 1.0, PASSED) for model in models)
+    return Bench(shelf=ShelfTwin(kept), models=frozenset([OLD]))
+
+
+def blended(request_id: str, tokens: int = 20) -> GenerationRequest:
+    return replace(asked(tokens), request_id=request_id, kv_blend=KvBlend(Recipe(), (Chunk(0, 32),)))
+
+
+async def add_pair(twin: ClusterTwin, place: int, model: bytes) -> None:
+    await twin.add(WorkerTwin(twin.by_address, f"p{place}", (PREFILL,), identity=model))
+    await twin.add(WorkerTwin(twin.by_address, f"d{place}", (DECODE,), identity=model, max_batch=1))
+
+
+@pytest.mark.parametrize("models", [(OLD,), (OLD, NEW)])
+async def test_a_request_that_waited_is_blended_on_a_new_model_only_if_that_has_passed(
+    models: tuple[bytes, ...],
+) -> None:
+    bench = verified(*models)
+    async with cluster(blends=bench.gate) as twin:
+        await add_pair(twin, 0, OLD)
+        running = asyncio.create_task(twin.collect(blended("first", 4000)))
+        await twin.until(lambda: bool(twin.workers["d0"].runs), "the only worker is full")
+        bench.gate.check(Recipe(), "")
+        waiting = asyncio.create_task(twin.collect(blended("second")))
+        await twin.until(lambda: twin.service.queued == 1, "it waits")
+        await add_pair(twin, 1, NEW)
+        if NEW in models:
+            assert len((await waiting).token_ids[0]) == 20
+        else:
+            with pytest.raises(InvalidRequest, match="has not passed") as caught:
+                await waiting
+            assert caught.value.param == "kv_blend"
+            assert not twin.workers["p1"].commands
+            timeline = twin.desk.request("second")
+            assert timeline is not None
+            assert "has not passed" in timeline.summary.error_message
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await twin.until(twin.idle, "nothing of it is left")
+
+
+async def test_a_request_that_runs_goes_on_though_the_verdict_on_its_model_is_withdrawn() -> None:
+    bench = verified(OLD)
+    async with cluster(blends=bench.gate) as twin:
+        await add_pair(twin, 0, OLD)
+        running = asyncio.create_task(twin.collect(blended("first", 200)))
+        await twin.until(lambda: bool(twin.workers["d0"].runs), "it runs")
+        bench.verify(FAILED)
+        await twin.workers["d0"].kill()
+        await add_pair(twin, 1, OLD)
+        assert len((await running).token_ids[0]) == 200
+        with pytest.raises(InvalidRequest, match="failed the check"):
+            await twin.collect(blended("second"))
