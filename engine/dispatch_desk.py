@@ -177,11 +177,7 @@ class DispatchDesk:
         if self._schedule.running or any(map(_reserved, self.states.values())):
             spare = self._schedule.policy.decode_headroom_blocks + self._schedule.owed_blocks()
         reusable = len(tokens) if self._schedule.prefix_reuse else 0
-        table = self._tables.open(tokens, self._chain(work), reusable, spare)
-        if table is not None:
-            # Keyed while the KV is being made: between its arrival and the next token the index waits for nothing else.
-            table.chain.pages(tokens, len(tokens) // self._tables.page_tokens)
-        return table
+        return self._tables.open(tokens, self._chain(work), reusable, spare)
 
     def _no_capacity(self, work: Work) -> NoCapacity:
         needed, pool = self._tables.pages_for(len(work.token_ids) // 4), self._tables.pool

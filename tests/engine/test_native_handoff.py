@@ -76,6 +76,20 @@ def test_prefill_here_and_decode_there_equal_one_engine(model_dir: Path, length:
         engine.close()
 
 
+@pytest.mark.parametrize(("prefix_reuse", "keyed"), [(True, 600 // 16), (False, 0)])
+def test_a_grant_waits_for_no_keys_but_those_that_are_looked_up(
+    model_dir: Path, prefix_reuse: bool, keyed: int
+) -> None:
+    engine, recorder = open_native(model_dir, {"prefix_reuse": prefix_reuse})
+    one = work(1, [(11 * position) % 500 + 5 for position in range(600)], sampling(20))
+    engine.handle(ReserveBlocks(one, 10_000))
+    assert recorder.of(Reserved, 1)
+    table = engine._desk.states[one.dispatch].table
+    assert table is not None
+    assert len(table.chain._pages) == keyed
+    engine.close()
+
+
 def test_kv_is_announced_layer_by_layer_with_each_chunk_and_the_tail_with_the_last(model_dir: Path) -> None:
     engine, recorder = open_native(model_dir, {"prefill_chunk": 40})
     finish(engine, Submit(work(1, PROMPT), "prefill"))
