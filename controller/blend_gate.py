@@ -107,11 +107,11 @@ class BlendGate:
         trial = self._trial(cache_salt)
         if trial is None:
             raise InvalidRequest(f"trial: is not known, or has ended. Run `{COMMAND}` again.", param="trial")
-        del self._trials[cache_salt]
         if self._one_identity() != trial.model_identity:
             raise InvalidRequest(
                 f"trial: another model is served now than when it began. Run `{COMMAND}` again.", param="trial"
             )
+        del self._trials[cache_salt]  # not before: where no worker is ready, it is asked again
         verdict = BlendVerdict(trial.model_identity, self._unix_now(), findings)
         place = (verdict.model_identity, findings.method)
         self._verdicts.pop(place, None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -12,11 +14,12 @@ import httpx
 
 from pdserve.cli.access import Access, get, post, reaching_grpc
 from pdserve.cli.blend_cases import BlendCase, built_in_cases, cases_of_lines
+from pdserve.cli.blend_delivery import TRY_S, deliver
 from pdserve.cli.blend_quality import Compared, Limits, Quality, kl_nats
-from pdserve.cli.options import EXIT_CHECK_FAILED, EXIT_OK, access
+from pdserve.cli.options import EXIT_CHECK_FAILED, EXIT_FAILED, EXIT_OK, access
 from pdserve.cli.terminal import Terminal
 from pdserve.client import AsyncClient, Generation, KvBlend, RequestOptions, Sampling, Tls
-from pdserve.errors import InvalidRequest
+from pdserve.errors import InvalidRequest, PdserveError
 
 BLEND_PATH = "/api/v1/kv/blend"
 CONCURRENT = 4
@@ -47,8 +50,8 @@ def add_blend_options(parser: argparse.ArgumentParser) -> None:
 def verify_blend(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.count < 1:
         raise InvalidRequest("--count must be at least 1.")
+    limits = _limits(options)
     reached = reaching_grpc(access(options))
-    limits = Limits(options.mean_kl, options.max_kl, options.agreement)
     with reached.http(REQUEST_S) as http:
         status = get(http, "/api/v1/status")
         model, setting = status.text("model"), status.record("kv_blend").text("setting")
@@ -64,19 +67,70 @@ def verify_blend(options: argparse.Namespace, terminal: Terminal) -> int:
             "everything. Give longer chunks (--prompts) or a smaller --ratio."
         )
     quality, naive = Quality.of(blended), Quality.of([row for _, row in pairs])
-    failures = quality.failures(limits)
-    _show(rows, quality, naive, terminal)
-    with reached.http(REQUEST_S) as http:
-        post(http, f"{BLEND_PATH}/verdicts", _verdict(trial, options, quality, failures))
-    terminal.result({**_plain(model, options, rows, quality, failures), "naive_reuse": _figures(naive)})
+    found = Found(model, setting, tuple(rows), quality, naive, limits)
+    verdict = _verdict(trial, options, quality, quality.failures(limits))
+
+    def send() -> None:
+        with reached.http(TRY_S) as http:
+            post(http, f"{BLEND_PATH}/verdicts", verdict)
+
+    return conclude(found, options, terminal, lambda: deliver(send))
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """Raises InvalidRequest. What is not a number, or infinite, is no limit, and no JSON that the controller takes."""
+    for flag, value in (
+        ("--mean-kl", options.mean_kl),
+        ("--max-kl", options.max_kl),
+        ("--agreement", options.agreement),
+    ):
+        if not math.isfinite(value):
+            raise InvalidRequest(f"{flag} must be a finite number, not {value:g}.")
+    return Limits(options.mean_kl, options.max_kl, options.agreement)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a check measured, and where. naive: with the chunks taken as they are."""
+
+    model: str
+    setting: str
+    rows: tuple[Compared, ...]
+    quality: Quality
+    naive: Quality
+    limits: Limits
+
+
+def conclude(
+    found: Found, options: argparse.Namespace, terminal: Terminal, hand_over: Callable[[], PdserveError | None]
+) -> int:
+    """The exit status. Tells the result before it hands the verdict over: minutes of requests are not lost with the controller, and
+    a failed check stays one. A pass that the controller does not know of opens nothing, so that it is no success."""
+    status = _tell(found, options, terminal)
+    error = hand_over()
+    if error is None:
+        return status
+    terminal.progress(
+        "fail", "verdict",
+        f"NOT DELIVERED ({error.message}). The controller goes by the one that `pdserve status` shows, if any: "
+        "run the check again once it answers",
+    )  # fmt: skip
+    return status or EXIT_FAILED
+
+
+def _tell(found: Found, options: argparse.Namespace, terminal: Terminal) -> int:
+    model, failures = found.model, found.quality.failures(found.limits)
+    _show(found.rows, found.quality, found.naive, terminal)
+    plain = _plain(model, options, found.rows, found.quality, failures)
+    terminal.result({**plain, "naive_reuse": _figures(found.naive)})
     if failures:
         terminal.say(f"FAILED: {model} must not be served with kv_blend: {'; '.join(failures)}.")
-        if setting == "on":
+        if found.setting == "on":
             terminal.say(
                 "It still is: `controller.kv_blend` is `on`. With `verified` the controller would refuse it now."
             )
         return EXIT_CHECK_FAILED
-    if not naive.failures(limits):
+    if not found.naive.failures(found.limits):
         terminal.say(
             "These prompts prove little: chunks taken as they are would pass too. Give prompts that need theirs: --prompts FILE"
         )

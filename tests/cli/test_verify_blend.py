@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import io
+import json
 import math
+from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from pdserve.cli.blend_cases import built_in_cases, cases_of_lines
+from pdserve.cli.blend_delivery import DEADLINE_S, PAUSE_S, deliver
 from pdserve.cli.blend_quality import Compared, Limits, Quality, kl_nats
+from pdserve.cli.options import EXIT_CHECK_FAILED, EXIT_FAILED, EXIT_OK
+from pdserve.cli.terminal import Terminal
+from pdserve.cli.verify_blend import Found, add_blend_options, conclude, verify_blend
 from pdserve.client import TokenLogprobs
-from pdserve.errors import InvalidRequest
+from pdserve.errors import InvalidRequest, PdserveError, Unavailable
 
 
 def tokenize(text: str) -> list[int]:
@@ -83,3 +92,93 @@ def test_a_model_fails_by_what_is_beyond_its_limit(limits: Limits, words: list[s
     failures = Quality.of(rows).failures(limits)
     assert len(failures) == len(words)
     assert all(part in failure for part, failure in zip(words, failures, strict=True))
+
+
+def options_of(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_blend_options(parser)
+    return parser.parse_args(flags)
+
+
+def found(divergence: float, setting: str = "verified") -> Found:
+    rows = (Compared("a", 100, 80, divergence, True),)
+    return Found("m", setting, rows, Quality.of(rows), Quality.of(rows), Limits(0.05, 1.0, 0.95))
+
+
+LOST = Unavailable("nobody answers")
+
+
+@pytest.mark.parametrize(
+    ("divergence", "error", "status"),
+    [(0.0, None, EXIT_OK), (0.0, LOST, EXIT_FAILED), (0.5, None, EXIT_CHECK_FAILED), (0.5, LOST, EXIT_CHECK_FAILED)],
+)
+def test_the_result_is_told_before_the_verdict_goes_out_and_a_failed_check_stays_one(
+    divergence: float, error: PdserveError | None, status: int
+) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    told: list[str] = []
+
+    def hand_over() -> PdserveError | None:
+        told.append(out.getvalue())
+        return error
+
+    assert conclude(found(divergence), options_of(), Terminal("json", out, err), hand_over) == status
+    assert told == [out.getvalue()]
+    assert json.loads(told[0])["passed"] == (divergence == 0.0)
+    assert ("NOT DELIVERED (nobody answers)" in err.getvalue()) == (error is not None)
+
+
+def test_people_read_the_result_and_that_it_was_not_delivered() -> None:
+    out = io.StringIO()
+    conclude(found(0.5, "on"), options_of(), Terminal("text", out), lambda: LOST)
+    failed, still, undelivered = (
+        out.getvalue().index(words) for words in ("FAILED: m must not", "It still is", "NOT DELIVERED")
+    )
+    assert failed < still < undelivered
+
+
+@dataclass
+class Controller:
+    """Takes a verdict after so many errors; its clock is that of the tries."""
+
+    errors: list[PdserveError]
+    now_s: float = 100.0
+    pauses: list[float] = field(default_factory=list)
+    taken: int = 0
+
+    def send(self) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.taken += 1
+
+    def pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now_s += seconds
+
+    def offered(self) -> PdserveError | None:
+        return deliver(self.send, self.pause, lambda: self.now_s)
+
+
+def test_a_verdict_is_offered_again_until_it_is_taken() -> None:
+    controller = Controller([LOST, LOST])
+    assert controller.offered() is None
+    assert (controller.taken, controller.pauses) == (1, [PAUSE_S, PAUSE_S])
+
+
+def test_it_is_given_up_at_the_deadline_and_at_once_where_it_is_refused() -> None:
+    controller = Controller([LOST] * 1000)
+    assert controller.offered() is LOST
+    assert sum(controller.pauses) <= DEADLINE_S < sum(controller.pauses) + 2 * PAUSE_S
+    refused = InvalidRequest("trial: is not known")
+    controller = Controller([refused])
+    assert controller.offered() is refused
+    assert controller.pauses == []
+
+
+@pytest.mark.parametrize("flag", ["--mean-kl", "--max-kl", "--agreement"])
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_a_limit_that_is_not_finite_is_refused_before_anything_is_asked(flag: str, value: str, tmp_path: Path) -> None:
+    options = options_of(f"{flag}={value}")
+    options.url, options.grpc, options.state_dir = "", "", tmp_path
+    with pytest.raises(InvalidRequest, match=f"{flag} must be a finite number, not {value}"):
+        verify_blend(options, Terminal("text", io.StringIO()))

@@ -148,6 +148,19 @@ def test_a_verdict_on_a_model_that_changed_meanwhile_is_refused() -> None:
     bench.refusal()
 
 
+def test_a_check_can_be_concluded_again_where_no_worker_was_ready_to_tell_its_model() -> None:
+    bench = Bench()
+    trial = bench.gate.begin_trial()
+    bench.models = frozenset()
+    with pytest.raises(Unavailable, match="Try again"):
+        bench.gate.conclude(trial.cache_salt, PASSED)
+    bench.models = frozenset([IDENTITY])
+    assert bench.gate.conclude(trial.cache_salt, PASSED).passed
+    bench.gate.check(Recipe(), "")
+    with pytest.raises(InvalidRequest, match="has ended"):
+        bench.gate.conclude(trial.cache_salt, FAILED)
+
+
 def test_trials_are_few_and_the_oldest_ends_first() -> None:
     bench = Bench()
     salts = [bench.gate.begin_trial().cache_salt for _ in range(TRIALS_MOST + 1)]
