@@ -98,3 +98,12 @@ class VerdictFile:
             file.flush()
             os.fsync(file.fileno())  # a withdrawn verdict must not come back with the power
         draft.replace(self._path)
+        self._sync_name()
+
+    def _sync_name(self) -> None:
+        """The content is safe, but until the folder is too, the name may lead to the earlier one."""
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

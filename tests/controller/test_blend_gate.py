@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -190,6 +192,22 @@ def test_verdicts_outlive_the_controller_and_a_failed_one_too(tmp_path: Path) ->
     bench.gate = bench.restarted()
     bench.refusal()
     assert bench.gate.status().verdicts[0].findings == FAILED
+
+
+def test_a_verdict_is_written_before_its_name_is_and_both_survive_the_power(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "verdicts.json"
+    synced: list[tuple[bool, bool]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    VerdictFile(path).save([BlendVerdict(IDENTITY.hex(), 1.0, PASSED)])
+    assert synced == [(False, False), (True, True)]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[{}]", b"\xff\xfe", b'[{"model_identity": 1}]'])
