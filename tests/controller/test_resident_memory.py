@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 from array import array
 
@@ -11,10 +10,10 @@ import msgspec
 import pytest
 
 from controller.request import GenerationRequest, Route, SamplingSpec
-from engine.pool_size import resident_bytes
 from simulator.modelled_engine import LAYOUT, ModelledConfig
 from tests.controller.cluster_twin import ClusterTwin
 from tests.controller.test_modelled_fleet import all_free, controller_with
+from tests.held_memory import held
 
 REQUESTS, WARM_UP, BATCH = 10_000, 2_000, 50
 HANDED_OFF = 20  # one batch in so many: a hand-off takes five times as long as a request of one worker
@@ -45,11 +44,6 @@ async def batch(twin: ClusterTwin, first: int, source: random.Random) -> None:
     await asyncio.gather(
         cancelled(twin, requests[0]), cancelled(twin, requests[1]), *(twin.collect(each) for each in requests[2:])
     )
-
-
-def held() -> tuple[int, int]:
-    gc.collect()
-    return resident_bytes(), len(gc.get_objects())
 
 
 async def test_ten_thousand_requests_leave_nothing_behind_in_the_controller_and_the_io_processes() -> None:

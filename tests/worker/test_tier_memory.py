@@ -6,7 +6,6 @@ The engine is a twin that offers pages and opens blocks; loads, saves, evictions
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from engine.page_protocol import KvOffered, LoadPages, OfferedPage, PagesOpened, PagesSaved
-from engine.pool_size import resident_bytes
 from engine.prefix_index import KeyChain
 from engine.protocol import Command, Dispatch, EngineReady, Event, Layout, Submit, Work
 from kv_store.open_store import StorePlace, open_store
@@ -25,6 +23,7 @@ from kv_transfer.arena import Arena
 from kv_transfer.keys import chain_hashes, fingerprint_seed
 from service_kit.config import StoreConfig
 from tests.engine.rig import sampling
+from tests.held_memory import held
 from worker_runtime.page_tiers import PageTiers
 from worker_runtime.task_owner import TaskOwner
 
@@ -106,11 +105,6 @@ async def batch(link: ForgetfulLink, tiers: PageTiers, store: TieredStore, first
     for number in range(first, first + BATCH):
         tiers.submit(Submit(work(number, max(0, number - BACK[number % len(BACK)])), "prefill"))
     await link.until(lambda: link.submitted == submitted + BATCH)
-
-
-def held() -> tuple[int, int]:
-    gc.collect()
-    return resident_bytes(), len(gc.get_objects())
 
 
 async def test_ten_thousand_prompts_leave_nothing_behind_but_what_the_tiers_may_hold(tmp_path: Path) -> None:
