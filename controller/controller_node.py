@@ -72,7 +72,12 @@ class ControllerNode:
         self._http = HttpServer(app, listener, config.security, config.controller.client_stall_s)
         self._apis = (
             InferenceApi(
-                self._service, model.tokenizer, generate_limits(model, config.controller), blends, self._threads
+                self._service,
+                model.tokenizer,
+                generate_limits(model, config.controller),
+                blends,
+                self._threads,
+                config.controller.client_stall_s,
             ),
             MembershipApi(self._fleet, controller_id, REGISTRATION_LEASE_S),
             KvApi(desk.kv, model.tokenizer, self._threads),

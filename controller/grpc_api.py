@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Protocol, TypeAlias, cast
 
@@ -21,9 +21,13 @@ from controller.fleet import Fleet
 from controller.generate_request import GenerateLimits, check_head, generation_request
 from controller.operations import ModelInfo
 from controller.request import Begun, Delta, FinishReason, GenerationRequest, Generator, Logprobs
-from pdserve.errors import InvalidRequest
+from pdserve.errors import Cancelled, InvalidRequest
 from pdserve.v1 import inference_pb2, inference_pb2_grpc, membership_pb2, membership_pb2_grpc, types_pb2
 from service_kit.config import ControllerConfig
+from service_kit.grpc_errors import status_metadata
+from service_kit.logs import get_logger
+
+log = get_logger(__name__)
 
 _FINISH: dict[FinishReason | None, types_pb2.FinishReason.ValueType] = {
     None: types_pb2.FINISH_REASON_UNSPECIFIED,
@@ -47,17 +51,42 @@ class InferenceApi(inference_pb2_grpc.InferenceServiceServicer):
         limits: GenerateLimits,
         blends: BlendGate,
         threads: ThreadPoolExecutor,
+        client_stall_s: float,
     ) -> None:
+        """client_stall_s: a client that takes no message for so long is given up."""
         self._generator = generator
         self._blends = blends
         self._tokenizer = tokenizer
         self._limits = limits
         self._threads = threads
+        self._client_stall_s = client_stall_s
 
-    async def Generate(  # noqa: N802 (the name is gRPC's)
+    # gRPC takes a coroutine that writes as well; the stubs' base class knows generators alone, where a write cannot be given up.
+    async def Generate(  # type: ignore[override]  # noqa: N802 (the name is gRPC's)
         self, request: inference_pb2.GenerateRequest, context: GenerateContext
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> None:
         generation = await self._generation(request, context.time_remaining())
+        async with aclosing(self._responses(generation)) as responses:
+            async for response in responses:
+                if not await self._taken(context, response):
+                    break
+            else:
+                return
+        # Here, where the workers are free already: it waits until the client reads on, and fails if that one goes.
+        error = Cancelled(f"You took nothing of the answer for {self._client_stall_s:g} s.")
+        with suppress(grpc.aio.BaseError):
+            await context.abort(error.grpc_status, error.message, status_metadata(error))
+
+    async def _taken(self, context: GenerateContext, response: inference_pb2.GenerateResponse) -> bool:
+        try:
+            async with asyncio.timeout(self._client_stall_s):
+                await context.write(response)
+        except TimeoutError:
+            log.warning("client_stalled", request_id=response.request_id)
+            return False
+        return True
+
+    async def _responses(self, generation: GenerationRequest) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         completion_tokens = cached_tokens = blended_tokens = 0
         ended = 0
         # The protocol says that generators can be closed; its type does not.

@@ -56,7 +56,12 @@ class Api:
 
 @asynccontextmanager
 async def api(
-    keys: ApiKeys | None = None, *, workers: bool = True, blend_setting: BlendSetting = "on"
+    keys: ApiKeys | None = None,
+    *,
+    workers: bool = True,
+    blend_setting: BlendSetting = "on",
+    client_stall_s: float = 60.0,
+    channel_options: Sequence[tuple[str, int]] = (),
 ) -> AsyncIterator[Api]:
     async with cluster(grace_s=0.2) as twin:
         if workers:
@@ -65,11 +70,11 @@ async def api(
         blends = open_gate(blend_setting)
         limits = GenerateLimits("tiny", 4096, 256, 4)
         with ThreadPoolExecutor(1) as threads:
-            inference = InferenceApi(twin.service, ByteTokenizer(), limits, blends, threads)
+            inference = InferenceApi(twin.service, ByteTokenizer(), limits, blends, threads, client_stall_s)
             membership = MembershipApi(twin.fleet, "controller-under-test", 2.0)
             kv = KvApi(twin.desk.kv, ByteTokenizer(), threads)
             address = await endpoint.start(inference, membership, kv)
-            async with grpc.aio.insecure_channel(address) as channel:
+            async with grpc.aio.insecure_channel(address, channel_options) as channel:
                 yield Api(twin, blends, channel)
             await endpoint.close()
 
@@ -88,6 +93,13 @@ def reason(error: grpc.aio.AioRpcError) -> str:
     metadata = error.trailing_metadata()
     assert isinstance(metadata, grpc.aio.Metadata)
     return str(metadata["pdserve-reason"])
+
+
+async def read_to_end(
+    call: grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
+) -> None:
+    while await call.read():
+        pass
 
 
 async def test_a_stream_begins_at_once_and_ends_with_the_usage() -> None:
@@ -211,6 +223,28 @@ async def test_the_deadline_of_the_call_ends_the_request_in_the_workers() -> Non
                 pass
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         await served.twin.until(served.twin.idle, "idle")
+
+
+@pytest.mark.parametrize("then", ["reads on", "goes"])
+async def test_a_client_that_stops_reading_is_given_up_and_its_request_ends_in_the_workers(
+    then: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    async with api(client_stall_s=0.3, channel_options=window) as served:
+        asked = served.message(4000)
+        asked.n, asked.request_id = 4, "x" * 128
+        call = served.generate(asked, timeout_s=60.0)
+        await call.read()
+        await served.twin.until(lambda: any(worker.cancelled for worker in served.twin.workers.values()), "cancelled")
+        await served.twin.until(served.twin.idle, "idle")
+        if then == "reads on":
+            with pytest.raises(grpc.aio.AioRpcError, match="took nothing of the answer") as caught:
+                await read_to_end(call)
+            assert (caught.value.code(), reason(caught.value)) == (grpc.StatusCode.CANCELLED, "cancelled")
+        call.cancel()
+    assert [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == [
+        "client_stalled"
+    ]
 
 
 async def test_a_cancelled_call_ends_the_request_and_cancel_ends_the_stream() -> None:
