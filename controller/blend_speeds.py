@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 
 from controller.blend_ratio import BlendCost
-from controller.kv_blend import KvBlend, keys_of
+from controller.kv_blend import KvBlend
 from controller.kv_holdings import DEVICE_TIER
 from controller.kv_prices import MICROSECONDS, unit_seconds
 from controller.worker_record import WorkerRecord
-from kv_transfer.keys import TOKEN_BYTES
 
 
-def cost_of(asked: KvBlend, token_ids: bytes, cache_salt: str, record: WorkerRecord) -> BlendCost:
-    """token_ids: of the prompt, int32. record: of the worker that will compute it."""
-    keys = keys_of(asked.chunks, token_ids, record.info.identity.digest, cache_salt)
+def cost_of(asked: KvBlend, keys: Sequence[bytes], prompt_tokens: int, record: WorkerRecord) -> BlendCost:
+    """keys: of each chunk. record: of the worker that will compute it."""
     unit_s = unit_seconds(record.load.tiers, record.view().block_tokens)
     return BlendCost(
-        prompt_tokens=len(token_ids) // TOKEN_BYTES,
+        prompt_tokens=prompt_tokens,
         chunk_tokens=sum(chunk.end - chunk.start for chunk in asked.chunks),
         layers=sum(group.layer_count for group in record.info.layout),
         token_s=record.load.prefill_token_us * MICROSECONDS,

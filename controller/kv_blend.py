@@ -142,13 +142,13 @@ def _find(token_ids: bytes, wanted: bytes, start: int) -> int:
     return at // TOKEN_BYTES if at >= 0 else -1
 
 
-def put_blend(work: worker_pb2.Work, asked: KvBlend, identity: bytes, cache_salt: str) -> None:
-    """Into a work whose token_ids are set. It must carry no block hashes: approximate KV enters no exact index."""
+def put_blend(work: worker_pb2.Work, asked: KvBlend, keys: Sequence[bytes]) -> None:
+    """keys: of each chunk. The work must carry no block hashes: approximate KV enters no exact index."""
     assert not work.block_hashes
     assert not asked.undecided
     recipe = asked.recipe
-    for chunk, keys in zip(asked.chunks, keys_of(asked.chunks, work.token_ids, identity, cache_salt), strict=True):
-        work.chunks.append(worker_pb2.Chunk(start=chunk.start, count=chunk.end - chunk.start, keys=keys))
+    for chunk, packed in zip(asked.chunks, keys, strict=True):
+        work.chunks.append(worker_pb2.Chunk(start=chunk.start, count=chunk.end - chunk.start, keys=packed))
     work.blend.method, work.blend.first_tokens = _METHODS[recipe.method], recipe.first_tokens
     work.blend.ratio = DEFAULT_RATIO if recipe.ratio == "auto" else recipe.ratio  # EPIC does not look at it
 

@@ -32,7 +32,7 @@ from controller.lifecycle import (
 from controller.operations import RequestState
 from controller.request import Begun, Delta, GenerationRequest, Logprobs
 from controller.timeline import Timeline
-from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_hashes, namespace_root, split_keys
+from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_hashes, namespace_root
 from pdserve.errors import PdserveError
 from service_kit.metrics import MigrationKind
 
@@ -77,7 +77,7 @@ class LiveRequest:
         self._prompt_logprobs: tuple[Logprobs, ...] | None = None
         self._last_attempt = 0
         self._hashes: tuple[bytes, bytes] = (b"", b"")  # identity, keys of the prompt's units
-        self._chunk_keys: tuple[bytes, list[list[bytes]]] = (b"", [])  # identity, keys of each chunk
+        self._chunk_keys: tuple[bytes, list[bytes]] = (b"", [])  # identity, keys of each chunk
         self._open = request.n
         timeline.refresh = self.refresh_timeline
 
@@ -196,13 +196,13 @@ class LiveRequest:
             return keys
         return keys + chain_hashes(keys[-HASH_BYTES:] or root, token_ids[covered:])
 
-    def chunk_keys(self, identity: bytes) -> list[list[bytes]]:
+    def chunk_keys(self, identity: bytes) -> list[bytes]:
         """Keys of the units of each chunk of a prompt that is blended; computed once."""
         assert self.kv_blend is not None
         if self._chunk_keys[0] != identity:
             request = self.request
-            packed = keys_of(self.kv_blend.chunks, request.token_ids, identity, request.cache_salt)
-            self._chunk_keys = identity, [[*split_keys(keys)] for keys in packed]
+            keys = keys_of(self.kv_blend.chunks, request.token_ids, identity, request.cache_salt)
+            self._chunk_keys = identity, keys
         return self._chunk_keys[1]
 
     def groups(self, choices: Iterable[int]) -> list[tuple[int, ...]]:

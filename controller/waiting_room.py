@@ -21,6 +21,7 @@ from controller.placement.policies import Policy
 from controller.placement.snapshot import Demand, FleetSnapshot, Reuse, Reused
 from controller.request_metrics import RequestObserver
 from controller.timeline import OpenStage
+from kv_transfer.keys import split_keys
 from pdserve.errors import PdserveError, PromptTooLong
 
 
@@ -181,7 +182,8 @@ class WaitingRoom:
     def _remembered(self, live: LiveRequest, asked: KvBlend, identity: bytes) -> RememberedReuse | None:
         layers, known = self._fleet.layers(), self._blended.get(live)
         if known is None or known.asked is not asked or (known.identity, known.layers) != (identity, layers):
-            wanted = blend_demand(asked, live.chunk_keys(identity), live.request.prompt_tokens, max(1, layers))
+            keys = [[*split_keys(each)] for each in live.chunk_keys(identity)]
+            wanted = blend_demand(asked, keys, live.request.prompt_tokens, max(1, layers))
             remembered = RememberedReuse(wanted) if wanted is not None else None
             known = self._blended[live] = _Blended(asked, identity, layers, remembered)
         return known.remembered

@@ -42,9 +42,10 @@ class WorkOrders:
         """By what was measured where it is computed first."""
         if live.kv_blend is None or not live.kv_blend.undecided:
             return
-        request, record = live.request, self._fleet.record(_computing(pick))
+        record = self._fleet.record(_computing(pick))
         assert record is not None, "picked from a snapshot of this moment"
-        live.choose_ratio(choose_ratio(cost_of(live.kv_blend, request.token_ids, request.cache_salt, record)))
+        keys = live.chunk_keys(record.info.identity.digest)
+        live.choose_ratio(choose_ratio(cost_of(live.kv_blend, keys, live.request.prompt_tokens, record)))
 
     def _name_source(self, work: worker_pb2.Work, pick: Pick) -> None:
         """Where whoever computes may pull KV from. Where the prompt's logprobs are asked for, all of it is computed."""
@@ -73,7 +74,7 @@ def _work(group: Group, attempt: int, identity: bytes) -> worker_pb2.Work:
         tenant=tenant_digest(live.request.cache_salt),
     )
     if live.kv_blend is not None:
-        put_blend(work, live.kv_blend, identity, live.request.cache_salt)
+        put_blend(work, live.kv_blend, live.chunk_keys(identity))
     return work
 
 

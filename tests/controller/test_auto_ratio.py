@@ -12,7 +12,7 @@ from controller.blend_ratio import CAP, FLOOR, BlendCost
 from controller.blend_speeds import cost_of
 from controller.kv_blend import Chunk, KvBlend, Recipe, keys_of
 from controller.worker_record import WorkerRecord
-from kv_transfer.keys import HASH_BYTES
+from kv_transfer.keys import HASH_BYTES, chunk_hashes
 from pdserve.v1 import membership_pb2, types_pb2, worker_pb2
 from tests.controller.cluster_twin import ClusterTwin, asked, cluster
 from tests.controller.test_kv_routing import tell_kv
@@ -47,7 +47,7 @@ def test_pages_below_the_device_cost_what_their_nearest_tier_took_for_a_page() -
     record = record_of(
         stored("device", first[:HASH_BYTES]), stored("disk", first + second), stored("host", second[:HASH_BYTES])
     )
-    cost = cost_of(AUTO, PROMPT, "salt", record)
+    cost = cost_of(AUTO, (first, second), 120, record)
     assert cost == BlendCost(120, 72, 12, cost.token_s, cost.load_s)
     assert cost.token_s == pytest.approx(500e-6)
     assert cost.load_s == pytest.approx(0.15 + 0.05 + 2 * 0.15)
@@ -56,14 +56,14 @@ def test_pages_below_the_device_cost_what_their_nearest_tier_took_for_a_page() -
 def test_a_chunk_of_which_a_unit_is_nowhere_is_not_loaded() -> None:
     first, second = keys_of(AUTO.chunks, PROMPT, IDENTITY, "")
     record = record_of(stored("disk", first + second[HASH_BYTES:]))
-    assert cost_of(AUTO, PROMPT, "", record).load_s == pytest.approx(2 * 0.15)
+    assert cost_of(AUTO, (first, second), 120, record).load_s == pytest.approx(2 * 0.15)
 
 
 def test_a_tier_that_was_never_read_costs_nothing_yet() -> None:
-    first, _ = keys_of(AUTO.chunks, PROMPT, IDENTITY, "")
+    first, second = keys_of(AUTO.chunks, PROMPT, IDENTITY, "")
     record = record_of(stored("redis", first))
     record.load.tiers.append(worker_pb2.TierReport(tier="redis"))
-    assert cost_of(AUTO, PROMPT, "", record).load_s == 0
+    assert cost_of(AUTO, (first, second), 120, record).load_s == 0
 
 
 def works_of(twin: ClusterTwin) -> list[worker_pb2.Work]:
@@ -119,6 +119,25 @@ async def test_the_first_choice_holds_for_every_attempt_and_is_in_the_timeline()
         assert len(works) > 1
         assert {work.blend.ratio for work in works} == {worker_pb2.Blend(ratio=choice.ratio).ratio}
         assert all(len(work.chunks) == 2 and not work.block_hashes for work in works)
+
+
+async def test_each_chunk_is_hashed_once_for_placement_the_choice_and_every_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with cluster() as twin:
+        await start(twin, page_s=0.004)
+        hashed: list[int] = []
+
+        def counted(root: bytes, token_ids: bytes) -> bytes:
+            hashed.append(len(token_ids) // 4)
+            return chunk_hashes(root, token_ids)
+
+        monkeypatch.setattr("controller.kv_blend.chunk_hashes", counted)
+        await twin.collect(replace(asked(40, prompt=PROMPT), kv_blend=AUTO))
+        works = works_of(twin)
+        assert len(works) > 1
+        assert all([chunk.count for chunk in work.chunks] == [32, 40] for work in works)
+        assert hashed == [32, 40]
 
 
 async def test_where_loading_is_too_slow_every_attempt_is_exact_and_the_timeline_says_why() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from controller.blend_request import blend_of
 from controller.generate_request import GenerateLimits, check_head, generation_request
-from controller.kv_blend import Chunk, KvBlend, Recipe, blend, marked, put_blend, separated
+from controller.kv_blend import Chunk, KvBlend, Recipe, blend, keys_of, marked, put_blend, separated
 from kv_transfer.keys import chunk_hashes, namespace_root
 from pdserve.errors import InvalidRequest
 from pdserve.v1 import inference_pb2, worker_pb2
@@ -72,7 +72,8 @@ def test_offsets_that_do_not_fit_are_named(pairs: list[tuple[int, int]], param: 
 
 def test_workers_are_told_chunks_by_content_under_the_tenants_root() -> None:
     work = worker_pb2.Work(token_ids=PROMPT)
-    put_blend(work, KvBlend(Recipe("epic", first_tokens=8), (Chunk(3, 40), Chunk(50, 66))), IDENTITY, "salt")
+    asked = KvBlend(Recipe("epic", first_tokens=8), (Chunk(3, 40), Chunk(50, 66)))
+    put_blend(work, asked, keys_of(asked.chunks, PROMPT, IDENTITY, "salt"))
     root = namespace_root(IDENTITY, "salt")
     assert [(chunk.start, chunk.count) for chunk in work.chunks] == [(3, 37), (50, 16)]
     assert work.chunks[0].keys == chunk_hashes(root, PROMPT[12:160])
