@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import socket
+import sys
+import termios
 from collections.abc import Iterator
 
 import uvicorn
@@ -40,6 +43,22 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
+
+
+def waiting_bytes(transport: asyncio.Transport) -> int:
+    """Of what was written, that has not reached the client's kernel; 0 while ours takes all that is written."""
+    buffered = transport.get_write_buffer_size()
+    return buffered + _queued_bytes(transport) if buffered else 0
+
+
+def _queued_bytes(transport: asyncio.Transport) -> int:
+    """In our kernel, sent or not, that the other side has not acknowledged (SIOCOUTQ); 0 where the kernel does not tell."""
+    told = bytearray(4)
+    try:
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, told)
+    except (OSError, ValueError):  # another system, or closed just now
+        return 0
+    return int.from_bytes(told, sys.byteorder)
 
 
 class _QuietServer(uvicorn.Server):
@@ -85,9 +104,9 @@ class HttpServer:
         while True:
             await asyncio.sleep(self._client_stall_s / LOOKS_PER_STALL)
             transports = [connection.transport for connection in self._server.server_state.connections]
-            buffered = {transport: transport.get_write_buffer_size() for transport in transports}
-            for transport in clients.look(buffered, loop.time()):
-                log.warning("client_stalled", buffered_bytes=buffered[transport])
+            waiting = {transport: waiting_bytes(transport) for transport in transports}
+            for transport in clients.look(waiting, loop.time()):
+                log.warning("client_stalled", waiting_bytes=waiting[transport])
                 transport.abort()  # to close it would wait for the client
 
     async def started(self) -> None:
