@@ -46,13 +46,13 @@ class Quality:
         return cls(len(rows), sum(divergences) / len(rows), max(divergences), agreement)
 
     def failures(self, limits: Limits) -> list[str]:
-        """What is beyond its limit, in words; empty = passed."""
+        """What is not within its limit, in words; empty = passed. A figure that is no number is within none."""
         found: list[str] = []
-        if self.mean_kl > limits.mean_kl:
+        if not self.mean_kl <= limits.mean_kl:
             found.append(f"mean KL {self.mean_kl:.3g} nats, allowed {limits.mean_kl:g}")
-        if self.max_kl > limits.max_kl:
+        if not self.max_kl <= limits.max_kl:
             found.append(f"largest KL {self.max_kl:.3g} nats, allowed {limits.max_kl:g}")
-        if self.agreement < limits.agreement:
+        if not self.agreement >= limits.agreement:
             found.append(f"top-1 agreement {self.agreement:.1%}, needed {limits.agreement:.1%}")
         return found
 

@@ -94,6 +94,10 @@ def test_a_model_fails_by_what_is_beyond_its_limit(limits: Limits, words: list[s
     assert all(part in failure for part, failure in zip(words, failures, strict=True))
 
 
+def test_a_figure_that_is_no_number_is_within_no_limit() -> None:
+    assert len(Quality(1, math.nan, math.nan, math.nan).failures(Limits(1.0, 1.0, 0.0))) == 3
+
+
 def options_of(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_blend_options(parser)
