@@ -188,8 +188,8 @@ class PoolConfig(Section):
         default="auto",
         pattern=_CORES,
         description="Cores of the controller and of the workers' io processes: `auto`, `none` (any) or a list. With `auto` "
-        "`pdserve up` keeps them off the cores that engines which decode are bound to, where as many others are left as "
-        "there are workers. A process started by hand keeps to its list alone.",
+        "`pdserve up` keeps them off the cores that engines are bound to, where as many others are left as there are "
+        "workers. A process started by hand keeps to its list alone.",
     )
 
 

@@ -4,8 +4,8 @@ Unbound, the kernel now and then puts two OpenMP threads of one engine on one co
 decode steps take 4 to 10 times as long until the load balancer notices. One thread alone meets no barrier; bound, it could only
 queue behind whatever else runs on its core.
 
-A thread of the controller or of an io process that the kernel wakes on a core of a decode engine takes it from one of its threads, and
-the whole step waits at the next barrier. So they keep off those cores where enough others are left.
+A thread of the controller or of an io process that the kernel wakes on a core of an engine takes it from one of its threads, and the
+whole step waits at the next barrier. So they keep off those cores where enough others are left.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ def bind_engines(engine: EngineConfig, workers: int, machine: MachineCores) -> C
     return CoreBinding(tuple(_slices(_spread(machine, wanted), workers, threads)))
 
 
-def service_cores(setting: str, decoding: Sequence[Cores], workers: int, allowed: Cores) -> Cores:
-    """Cores of the controller and of the io processes of `workers` workers; none of them: anywhere. decoding: the cores of each
-    engine that decodes.
+def service_cores(setting: str, engines: Sequence[Cores], allowed: Cores) -> Cores:
+    """Cores of the controller and of the io process of each worker; none of them: anywhere. engines: the cores of each engine.
 
     Raises ConfigInvalid where `setting`, pool.service_cores, lists cores that are not there.
     """
@@ -70,9 +69,9 @@ def service_cores(setting: str, decoding: Sequence[Cores], workers: int, allowed
     if listed or setting == "none":
         _check_allowed(listed, allowed, "pool.service_cores")
         return listed
-    taken = {core for own in decoding for core in own}
+    taken = {core for own in engines for core in own}
     left = tuple(core for core in allowed if core not in taken)
-    return left if taken and len(left) >= workers else ()
+    return left if taken and len(left) >= len(engines) else ()
 
 
 def engine_threads(engine: EngineConfig, cores: Cores, workers: int, allowed: int) -> int:

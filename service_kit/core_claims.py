@@ -52,7 +52,7 @@ def allowed_cores() -> tuple[int, ...]:
 
 def own_service_cores(setting: str) -> tuple[int, ...]:
     """What pool.service_cores says to one process that does not know the others; none: anywhere. Raises ConfigInvalid."""
-    return service_cores(setting, (), 0, allowed_cores())
+    return service_cores(setting, (), allowed_cores())
 
 
 def machine_cores(free: frozenset[int]) -> MachineCores:

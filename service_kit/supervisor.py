@@ -215,7 +215,7 @@ def _run(config: ClusterConfig, files: ClusterFiles) -> None:
     policy = RestartPolicy(pool.restart_backoff_s, pool.restart_backoff_max_s)
     claims = CoreClaims()  # held until this process ends
     binding = _bound(config, claims)
-    service = service_cores(pool.service_cores, binding.cores[pool.prefill :], len(binding.cores), allowed_cores())
+    service = service_cores(pool.service_cores, binding.cores, allowed_cores())
     table = process_table(pool, files.config, sys.executable, binding.cores, service)
 
     async def serve() -> None:

@@ -136,15 +136,13 @@ def test_ranges_and_single_cores_are_listed_ascending() -> None:
     assert listed_cores("6,0-3") == (0, 1, 2, 3, 6)
 
 
-@given(machines(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-def test_services_keep_off_the_cores_of_decode_engines_or_run_anywhere(
-    machine: MachineCores, prefills: int, decodes: int, threads: int
+@given(machines(), st.integers(1, 8), st.integers(1, 4))
+def test_services_keep_off_the_cores_of_engines_or_run_anywhere(
+    machine: MachineCores, workers: int, threads: int
 ) -> None:
-    workers = prefills + decodes
     binding = bind_engines(EngineConfig(threads=threads), workers, machine)
-    decoding = binding.cores[prefills:]
-    kept = service_cores("auto", decoding, workers, machine.allowed)
-    taken = {core for own in decoding for core in own}
+    kept = service_cores("auto", binding.cores, machine.allowed)
+    taken = {core for own in binding.cores for core in own}
     assert not taken.intersection(kept)
     if kept:
         assert set(kept) | taken == set(machine.allowed)
@@ -153,18 +151,18 @@ def test_services_keep_off_the_cores_of_decode_engines_or_run_anywhere(
 
 def test_services_run_anywhere_where_too_few_cores_are_left_or_none_is_asked_for() -> None:
     allowed = (0, 1, 2, 3)
-    assert service_cores("auto", ((2, 3),), 2, allowed) == (0, 1)
-    assert service_cores("auto", ((1, 2, 3),), 2, allowed) == ()
-    assert service_cores("auto", ((), ()), 2, allowed) == ()
-    assert service_cores("none", ((2, 3),), 2, allowed) == ()
+    assert service_cores("auto", ((0,), (2,)), allowed) == (1, 3)
+    assert service_cores("auto", ((1,), (2, 3)), allowed) == ()
+    assert service_cores("auto", ((), ()), allowed) == ()
+    assert service_cores("none", ((2, 3),), allowed) == ()
 
 
 def test_services_take_a_list_as_it_is_or_refuse_it_by_the_setting() -> None:
-    assert service_cores("3,0-1", ((0, 1),), 4, (0, 1, 2, 3)) == (0, 1, 3)
+    assert service_cores("3,0-1", ((0, 1),), (0, 1, 2, 3)) == (0, 1, 3)
     with pytest.raises(ConfigInvalid, match=r"pool.service_cores names core 9, which this process may not use"):
-        service_cores("9", (), 1, (0, 1))
+        service_cores("9", (), (0, 1))
     with pytest.raises(ConfigInvalid, match=r"pool.service_cores is 0,0, which names a core twice"):
-        service_cores("0,0", (), 1, (0, 1))
+        service_cores("0,0", (), (0, 1))
 
 
 def test_openmp_gets_one_thread_for_each_core_and_nothing_where_none_is_bound() -> None:
