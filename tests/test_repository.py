@@ -49,3 +49,15 @@ def test_no_unsafe_loader_is_used() -> None:
     ]
     offenders = [str(path) for path in sources if path != Path(__file__) and pattern.search(path.read_text())]
     assert offenders == []
+
+
+def test_the_tests_that_pages_name_are_there() -> None:
+    """Names that follow `…::` belong to the file that was named last."""
+    pages = {page: page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
+    for page, text in pages.items():
+        file = ""
+        for path, name in re.findall(r"`(tests/[\w/]+\.py|…|test_\w+\.py)(?:::(test_\w+))?`", text):
+            if path.startswith("tests/"):
+                file = path
+            assert path == "…" or any((ROOT / "tests").rglob(Path(path).name)), f"{page.name}: {path}"
+            assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{page.name}: {file}::{name}"
