@@ -83,7 +83,7 @@ async def test_a_blended_stream_survives_the_death_of_its_decode_worker(cluster:
     async with httpx.AsyncClient(base_url=cluster.api_url, timeout=60, headers={"x-request-id": tag}) as client:
         async for event in events(client, body):
             fold(streamed, event)
-            if not killed and sum(map(len, streamed.token_ids.values())) >= 20:
+            if not killed and streamed.token_ids:
                 killed = True
                 decode_worker = _timeline(cluster, tag).record("summary").text("decode_worker")
                 kill(cluster.workers()[decode_worker].engine_pid)

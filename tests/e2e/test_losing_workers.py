@@ -39,8 +39,8 @@ async def _kill_decode_mid_stream(cluster: Cluster, body: dict[str, object], pro
     async with httpx.AsyncClient(base_url=cluster.api_url, timeout=60) as client, asyncio.timeout(STREAM_S):
         async for event in events(client, body, tag):
             fold(streamed, event)
-            if not killed and sum(map(len, streamed.token_ids.values())) >= 20:
-                killed = True
+            if not killed and streamed.token_ids:
+                killed = True  # at once: where cores are short, asking who decodes takes as long as a thousand tokens
                 kill(_pid(workers[_attempts(cluster, tag)[-1].text("decode_worker")], process))
     attempts = _attempts(cluster, tag)
     assert len(attempts) > 1, "it was killed after the end"
