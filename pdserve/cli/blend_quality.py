@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pdserve.client import TokenLogprobs
 
 LEAST_MASS = 1e-9
+LEAST_LOGPROB = -700.0  # of a token that is impossible; e to its power is no 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,12 @@ def kl_nats(full: TokenLogprobs, blended: TokenLogprobs) -> float:
 
     A listed token that the blend does not list counts with the least probability that the blend lists, which is the most it can
     have there. Lumping tokens together can only make a KL smaller, so the true one is larger, by little where the lists hold most of
-    the mass.
+    the mass. Finite whatever is listed: a verdict on a model that makes tokens impossible must reach the controller, as JSON.
     """
-    known = dict(zip(blended.token_ids, blended.logprobs, strict=True))
+    known = _listed(blended)
     floor = min(known.values())
     total = mass_full = mass_blended = 0.0
-    for token, logprob in dict(zip(full.token_ids, full.logprobs, strict=True)).items():
+    for token, logprob in _listed(full).items():
         other = known.get(token, floor)
         total += math.exp(logprob) * (logprob - other)
         mass_full += math.exp(logprob)
@@ -76,3 +77,7 @@ def kl_nats(full: TokenLogprobs, blended: TokenLogprobs) -> float:
     if rest_full > LEAST_MASS:
         total += rest_full * math.log(rest_full / rest_blended)
     return max(total, 0.0)
+
+
+def _listed(row: TokenLogprobs) -> dict[int, float]:
+    return {token: max(logprob, LEAST_LOGPROB) for token, logprob in zip(row.token_ids, row.logprobs, strict=True)}

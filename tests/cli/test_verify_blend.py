@@ -94,6 +94,13 @@ def test_a_model_fails_by_what_is_beyond_its_limit(limits: Limits, words: list[s
     assert all(part in failure for part, failure in zip(words, failures, strict=True))
 
 
+def test_the_kl_is_finite_where_a_token_is_impossible() -> None:
+    certain = TokenLogprobs((0, 1), (0.0, -math.inf))
+    other = TokenLogprobs((0, 1), (-math.inf, 0.0))
+    assert kl_nats(certain, certain) == pytest.approx(0, abs=1e-9)
+    assert 100 < kl_nats(certain, other) < math.inf
+
+
 def test_a_figure_that_is_no_number_is_within_no_limit() -> None:
     assert len(Quality(1, math.nan, math.nan, math.nan).failures(Limits(1.0, 1.0, 0.0))) == 3
 
