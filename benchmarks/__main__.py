@@ -1,6 +1,6 @@
 """Runs benchmarks one after the other, each in a process of its own: `python -m benchmarks [names…] [--quick | --full]`.
 
-Loopback only, bounded in time. Exit code 4 if one of them failed.
+Loopback only, bounded in time. Exit code 4 if one of them failed. What a benchmark started ends with it, and it with this process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import os
 import subprocess
 import sys
 import time
+
+from benchmarks.processes import unwind_on_sigterm
+from benchmarks.tied_process import tied
 
 BENCHMARKS = (
     "engine",
@@ -33,6 +36,7 @@ NEEDS = {
 KNOWN = tuple(dict.fromkeys((*BENCHMARKS, *WITH_PEERS, *NEEDS)))
 LIMIT_S = {"quick": 240.0, "full": 1200.0}
 PEERS_LIMIT_S = 5400.0  # three engines, two dtypes, prompts of 8,192 tokens, and vLLM compiles
+END_S = 90.0  # of a benchmark that was told to end: its cluster drains
 FAILED = 4
 
 
@@ -42,13 +46,26 @@ def run(name: str, mode: str) -> bool:
     command = [sys.executable, "-m", f"benchmarks.{name}", *(["--full"] if mode == "full" else [])]
     limit_s = PEERS_LIMIT_S if name == "peers" else LIMIT_S[mode]
     start_s = time.monotonic()
+    process = subprocess.Popen(tied(command))
     try:
-        code = subprocess.run(command, timeout=limit_s, check=False).returncode
+        code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         print(f"== {name} was ended after {limit_s:.0f} s", flush=True)
         return False
+    finally:
+        end(process)
     print(f"== {name}: exit code {code} after {time.monotonic() - start_s:.0f} s\n", flush=True)
     return code == 0
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """By SIGTERM, on which it ends what it started; by SIGKILL where that takes too long."""
+    process.terminate()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,4 +89,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     sys.exit(main())

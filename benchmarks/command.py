@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from benchmarks.processes import unwind_on_sigterm
 from benchmarks.report import Mode, Result, table, write_result
 
 THREADS = 2
 
 
 def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    """Of a process that is the benchmark: SIGTERM unwinds it from here on, so that no cluster and no folder stays behind."""
+    unwind_on_sigterm()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--full", action="store_true", help="as many samples as the figures need")
     return parser

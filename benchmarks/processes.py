@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -9,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import psutil
+
+from benchmarks.tied_process import tied
 
 T = TypeVar("T")
 END_S = 10.0
@@ -37,6 +41,15 @@ class Started:
             raise RuntimeError(f"{self.name} ended with {self.process.returncode}:\n{tail}")
 
 
+def unwind_on_sigterm() -> None:
+    """From now on SIGTERM ends this process as an exit does: what it started is ended, what it wrote for itself removed."""
+    signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def _cpu_times(member: psutil.Process) -> psutil._ntuples.pcputimes | None:
     try:
         return member.cpu_times()
@@ -46,11 +59,11 @@ def _cpu_times(member: psutil.Process) -> psutil._ntuples.pcputimes | None:
 
 @contextmanager
 def started(name: str, module: str, arguments: Sequence[str], folder: Path) -> Iterator[Started]:
-    """`python -m module arguments…`, ended with its children when the block is left."""
+    """`python -m module arguments…`, ended with its children when the block is left, and killed with this process."""
     log = folder / f"{name}.log"
     with log.open("wb") as output:
         process = psutil.Popen(
-            [sys.executable, "-m", module, *arguments],
+            tied([sys.executable, "-m", module, *arguments]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

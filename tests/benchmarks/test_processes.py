@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +11,11 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.processes import started, wait_for
+from pdserve.local_process import local_process, wait_gone
+from tests.child_processes import killed_after, tied
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 60.0
 
 
 def test_a_process_is_ended_with_the_block(tmp_path: Path) -> None:
@@ -38,3 +45,21 @@ def test_an_unknown_benchmark_is_a_usage_error(capsys: pytest.CaptureFixture[str
         main(["nonsense"])
     assert ended.value.code == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_what_a_benchmark_started_dies_with_it(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from benchmarks.processes import started
+with started("server", "http.server", ["--bind", "127.0.0.1", "0"], Path({str(tmp_path)!r})) as running:
+    print(running.process.pid, flush=True)
+    time.sleep(600)
+"""
+    benchmark = subprocess.Popen(tied([sys.executable, "-c", script]), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with benchmark, killed_after(benchmark, DEADLINE_S):
+        assert benchmark.stdout is not None
+        child = local_process(int(benchmark.stdout.readline()))
+        assert child.alive()
+        benchmark.kill()
+        assert wait_gone([child], DEADLINE_S) == []
