@@ -27,6 +27,7 @@ BENCHMARKS = (
     "blend",
     "blend_served",
     "blend_accuracy",
+    "approximations",
 )
 WITH_PEERS = ("peers", "transfer_peers")  # compare with software that is not ours; they run only when asked for
 NEEDS = {

@@ -12,7 +12,18 @@ from engine.cuda_streams import prompt_lane
 from engine.flight import Lane
 from engine.loaded_model import LoadedModel, load_model
 from engine.native import NativeEngine
-from engine.protocol import Cancel, Dispatch, Event, LogprobRow, Sampling, StepTokens, Submit, Work, WorkFailed
+from engine.protocol import (
+    Cancel,
+    Dispatch,
+    Event,
+    LogprobRow,
+    PromptLogprobs,
+    Sampling,
+    StepTokens,
+    Submit,
+    Work,
+    WorkFailed,
+)
 from kv_transfer.keys import chain_hashes
 from service_kit.config import EngineConfig, ModelConfig
 
@@ -31,10 +42,13 @@ class TokenSink:
     def __init__(self) -> None:
         self.token_ids: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[LogprobRow]] = {}
+        self.prompt_logprobs: dict[int, tuple[LogprobRow, ...]] = {}
 
     def emit(self, event: Event) -> None:
         if isinstance(event, WorkFailed):
             raise RuntimeError(f"{event.reason}: {event.message}")
+        if isinstance(event, PromptLogprobs):
+            self.prompt_logprobs[event.dispatch.request_key] = event.rows
         if not isinstance(event, StepTokens):
             return
         for column, key in enumerate(event.request_keys):
