@@ -178,6 +178,8 @@ class Dispatcher:
         elif phase == "DECODING":
             self.table.decoding(dispatch, now)
         elif phase in FINAL or phase == "QUEUED":
+            if live.states[choice].decoded:  # its last token came before the first one: no phase between was entered
+                self.table.decoding(dispatch, now)
             dispatch.open.discard(choice)
             if not dispatch.open:
                 outcome: AttemptOutcome = _OUTCOMES.get(phase, "lost" if isinstance(error, WorkerLost) else "failed")

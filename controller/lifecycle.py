@@ -56,6 +56,11 @@ class ChoiceState(msgspec.Struct, frozen=True):
     suspect: int = 0  # attempt that was refused during prefill: its worker's death may still become known
     since_s: float = 0.0  # when `phase` was entered
 
+    @property
+    def decoded(self) -> bool:
+        """More than the first token of this attempt was accepted."""
+        return self.next_index > self.first_index + 1
+
 
 # ---- events
 

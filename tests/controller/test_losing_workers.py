@@ -189,6 +189,19 @@ async def test_a_first_token_later_than_those_of_the_decode_worker_keeps_its_pla
         await disturbed(twin, 60, n=2)
 
 
+async def test_a_first_token_later_than_the_last_one_leaves_no_stage_out() -> None:
+    async with cluster() as twin:
+        await twin.square()
+        for name in ("p0", "p1"):
+            twin.workers[name].faults.hold_first_token_s = 0.3
+        request = asked(3)
+        assert (await twin.collect(request)).token_ids == expected(3)
+        timeline = twin.desk.request(request.request_id)
+        assert timeline is not None
+        assert [stage.name for stage in timeline.stages] == ["queue", "reserve", "prefill", "transfer", "decode"]
+        await twin.until(twin.idle, "idle")
+
+
 async def test_a_lost_activation_report_does_not_matter() -> None:
     async with cluster() as twin:
         await twin.square()
