@@ -51,7 +51,7 @@ class Peer:
     async def begin(self) -> None:
         await self.connect()
         await self.say(begin=self.begin_message())
-        assert (await self.hear("accepted")).accepted.lease_ms == 2000
+        assert (await self.hear("accepted")).accepted.lease_ms == self.grant.lease_ms
 
     async def hear(self, kind: str) -> handoff_pb2.HandoffResponse:
         """The next answer that is no heartbeat; it must be `kind`."""

@@ -12,7 +12,8 @@ from pdserve.errors import KvCorrupt
 from service_kit.config import TransferConfig
 from tests.kv_transfer.rig import Rig, block_bytes_of, open_rig
 
-CONFIG = TransferConfig(heartbeat_s=0.2, lease_s=2.0, connect_s=1.0, max_message_bytes=4096)
+# Nobody is stopped here: whoever says nothing for seconds has had no turn on a busy machine.
+CONFIG = TransferConfig(heartbeat_s=0.2, heartbeat_misses=100, lease_s=30.0, connect_s=30.0, max_message_bytes=4096)
 HANDOFFS = 8
 LAYERS = 4
 

@@ -39,7 +39,8 @@ LAYERS, BLOCKS, BLOCK_BYTES, PAGE_TOKENS = 3, 48, 1024, 16
 PAGES = 10
 TOKENS = array("i", range(100, 100 + PAGE_TOKENS * PAGES))
 FORMAT = PageFormat(IDENTITY, PAGE_TOKENS, LAYERS, BLOCK_BYTES)
-CONFIG = TransferConfig(heartbeat_s=0.2, lease_s=2.0, connect_s=1.0, max_message_bytes=4096)
+# Who says nothing for seconds has had no turn on a busy machine, unless a test means it to.
+CONFIG = TransferConfig(heartbeat_s=0.2, heartbeat_misses=100, lease_s=30.0, connect_s=30.0, max_message_bytes=4096)
 DEADLINE_S = 20.0
 
 

@@ -149,7 +149,7 @@ async def test_what_a_late_pull_still_has_under_way_never_lands_in_blocks_that_o
 
 async def test_a_lease_that_expires_while_the_peer_reads_ends_the_pull_and_what_comes_late_is_refused() -> None:
     reading, go_on = threading.Event(), threading.Event()
-    config = TransferConfig(heartbeat_s=0.1, lease_s=0.3, connect_s=1.0)
+    config = TransferConfig(heartbeat_s=0.1, lease_s=2.0, connect_s=30.0)
     async with open_peers(config=config) as (lender, puller):
         lender.shelve()
         lender.shelf.before_read = lambda: reading.set() or go_on.wait(20.0)  # type: ignore[func-returns-value]
