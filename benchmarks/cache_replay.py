@@ -110,7 +110,7 @@ def pages_of(request: Request, saving: Saving) -> list[Page]:
     keys = [block.to_bytes(32, "little") for block in request.hash_ids]
     parents = [b"", *keys[:-1]]
     return [
-        Page(PageId(key, 0), parent, saving_s=saving(ordinal))
+        Page(PageId(key, 0, b""), parent, saving_s=saving(ordinal))
         for ordinal, (key, parent) in enumerate(zip(keys, parents, strict=True))
     ]
 

@@ -144,8 +144,8 @@ class BlockTables:
             if self._index.store(block, page):
                 fresh.append(page)
                 if self.offers.limit:
-                    tenant = table.chain.tenant
-                    self.offers.wait(OfferedPage(block, page.unit_keys, page.fingerprint, page.parent, tenant, ordinal))
+                    named = (page.unit_keys, page.fingerprint, page.tokens, page.parent)
+                    self.offers.wait(OfferedPage(block, *named, table.chain.tenant, ordinal))
         if fresh:
             self._tell(KvStored(b"".join([page.unit_keys for page in fresh])))
         self._offer_waiting()
@@ -189,7 +189,7 @@ class BlockTables:
     def _offer_waiting(self) -> None:
         """Puts pages on offer as far as the limit goes; those that were evicted meanwhile are skipped."""
         while (page := self.offers.next_waiting()) is not None:
-            if self._index.holds(page.block, page.unit_keys, page.fingerprint):
+            if self._index.holds(page.block, page.unit_keys, page.fingerprint, page.tokens):
                 self.pool.share([page.block])
                 self.offers.begin(page)
             else:

@@ -59,12 +59,13 @@ class PagesLate(msgspec.Struct, frozen=True, tag="pages_late", array_like=True):
 
 
 class OfferedPage(msgspec.Struct, frozen=True, array_like=True):
-    """A full page that is final in the arena. unit_keys: of its hash units; parent: key of the page before it, or empty.
-    ordinal: pages before it in its prompt or chunk."""
+    """A full page that is final in the arena. unit_keys: of its hash units; tokens: that it was computed from, int32; parent: key
+    of the page before it, or empty. ordinal: pages before it in its prompt or chunk."""
 
     block: int
     unit_keys: bytes
     fingerprint: int
+    tokens: bytes
     parent: bytes
     tenant: bytes = b""
     ordinal: int = 0

@@ -1,7 +1,7 @@
 """Owns the prefix index of the device pool: which block holds the KV of which chained key. Pure.
 
-Next to the key an independent fingerprint of the tokens is stored (keyed xxh3, chained over the pages like the key itself) and
-compared on every hit: a collision or a mix-up of keys is then a miss, never another prompt's KV.
+Next to the key the page's tokens are kept, and an independent fingerprint (keyed xxh3, chained over the pages like the key itself) for
+those before them. Both are compared on every hit: a collision or a mix-up of keys is then a miss, never another prompt's KV.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 
-import xxhash
-
-from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_hashes
+from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES, chain_hashes, page_fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class PageKey:
-    """Names one full page. unit_keys: chained keys of its hash units, the last one is the page's key. parent,
-    parent_fingerprint: of the page before it; empty at the start of a chain."""
+    """Names one full page. unit_keys: chained keys of its hash units, the last one is the page's key. tokens: its ids, int32.
+    parent, parent_fingerprint, parent_tokens: of the page before it; empty at the start of a chain."""
 
     unit_keys: bytes
     fingerprint: int
+    tokens: bytes
     parent: bytes = b""
     parent_fingerprint: int = 0
+    parent_tokens: bytes = b""
 
     @property
     def key(self) -> bytes:
@@ -62,14 +62,17 @@ class KeyChain:
 
     def _next(self, page: bytes) -> PageKey:
         units = self._page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
-        ordinal, parent = len(self._pages), self._pages[-1].key if self._pages else b""
+        ordinal, before = len(self._pages), self._pages[-1] if self._pages else None
+        parent = before.key if before is not None else b""
         unit_keys = self._given[ordinal * units : (ordinal + 1) * units]
         if len(unit_keys) < units:
             # Units that came with the work are never hashed again: a page may begin with some of them.
             done = len(unit_keys) // HASH_BYTES
             unit_keys += chain_hashes(unit_keys[-HASH_BYTES:] or parent, page[done * HASH_UNIT_TOKENS * TOKEN_BYTES :])
-        seed = self._pages[-1].fingerprint if self._pages else self._seed
-        return PageKey(unit_keys, xxhash.xxh3_64_intdigest(page, seed), parent, seed if parent else 0)
+        if before is None:
+            return PageKey(unit_keys, page_fingerprint(page, self._seed), page)
+        fingerprint = page_fingerprint(page, before.fingerprint)
+        return PageKey(unit_keys, fingerprint, page, parent, before.fingerprint, before.tokens)
 
 
 class PrefixIndex:
@@ -77,7 +80,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self.collisions = 0
-        self._blocks: dict[bytes, tuple[int, int]] = {}  # key -> (block, fingerprint)
+        self._blocks: dict[bytes, int] = {}  # by key
         self._pages: dict[int, PageKey] = {}  # block -> key
 
     def __len__(self) -> int:
@@ -86,25 +89,26 @@ class PrefixIndex:
     def __contains__(self, block: int) -> bool:
         return block in self._pages
 
-    def holds(self, block: int, unit_keys: bytes, fingerprint: int) -> bool:
+    def holds(self, block: int, unit_keys: bytes, fingerprint: int, tokens: bytes) -> bool:
         """Whether `block` still is this page."""
         page = self._pages.get(block)
-        return page is not None and page.unit_keys == unit_keys and page.fingerprint == fingerprint
+        return page is not None and page.unit_keys == unit_keys and _same(page, fingerprint, tokens)
 
     def before(self, block: int) -> int | None:
         """The block of the page before that of `block`, if both are indexed."""
         page = self._pages.get(block)
         if page is None or not page.parent:
             return None
-        before, fingerprint = self._blocks.get(page.parent, (-1, 0))
+        before = self._blocks.get(page.parent, -1)
         # Another page under the parent's key could lead round in a circle.
-        return before if before >= 0 and fingerprint == page.parent_fingerprint else None
+        there = before >= 0 and _same(self._pages[before], page.parent_fingerprint, page.parent_tokens)
+        return before if there else None
 
     def store(self, block: int, page: PageKey) -> bool:
         """Enters a full page. False if the key or the block is in the index already."""
         if page.key in self._blocks or block in self._pages:
             return False
-        self._blocks[page.key] = (block, page.fingerprint)
+        self._blocks[page.key] = block
         self._pages[block] = page
         return True
 
@@ -118,11 +122,16 @@ class PrefixIndex:
         """Blocks of the longest indexed prefix of `pages`."""
         blocks: list[int] = []
         for page in pages:
-            block, fingerprint = self._blocks.get(page.key, (-1, 0))
+            block = self._blocks.get(page.key, -1)
             if block < 0:
                 break
-            if fingerprint != page.fingerprint:
+            if not _same(self._pages[block], page.fingerprint, page.tokens):
                 self.collisions += 1
                 break
             blocks.append(block)
         return blocks
+
+
+def _same(page: PageKey, fingerprint: int, tokens: bytes) -> bool:
+    """Whether a page under the key that was looked for is the one that was meant."""
+    return page.fingerprint == fingerprint and page.tokens == tokens

@@ -166,7 +166,7 @@ class HostTier:
             return False
         target = self._content(entry.place)
         np.copyto(target, content)
-        self._checksums[entry.place] = xxhash.xxh3_128_digest(target.data)
+        self._checksums[entry.place] = _checksum(page.id, target)
         with self._lock:
             self._index.commit(entry)
             self._changes.append(("stored", page))
@@ -178,7 +178,7 @@ class HostTier:
     def _good(self, entries: Sequence[Entry]) -> int:
         """How many of `entries` have the bytes that were stored; the first bad one is dropped."""
         for ordinal, entry in enumerate(entries):
-            if xxhash.xxh3_128_digest(self._content(entry.place).data) != self._checksums[entry.place]:
+            if _checksum(entry.page.id, self._content(entry.place)) != self._checksums[entry.place]:
                 self.counters.verify_failures["checksum"] += 1
                 with self._lock:
                     # Dropped meanwhile, it may have been stored anew: that copy is not this one.
@@ -203,6 +203,13 @@ class HostTier:
         with self._lock:
             changes, self._changes = self._changes, []
         return changes
+
+
+def _checksum(page_id: PageId, content: PageBytes) -> bytes:
+    """Of a page's bytes together with the tokens that they were computed from."""
+    hasher = xxhash.xxh3_128(content.data)
+    hasher.update(page_id.tokens)
+    return hasher.digest()
 
 
 def _touched_memory(size_bytes: int) -> PageBytes:

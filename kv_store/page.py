@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS
+from kv_transfer.keys import HASH_BYTES, HASH_UNIT_TOKENS, TOKEN_BYTES
 from pdserve.errors import ConfigInvalid
 
 FORMAT_DIGEST_BYTES = 16
@@ -21,11 +21,13 @@ PageBytes: TypeAlias = npt.NDArray[np.uint8]
 @dataclass(frozen=True, slots=True)
 class PageId:
     """Names one full page. key: chained key of its last hash unit, or content key of a chunk's page, 32 bytes.
-    fingerprint: keyed xxh3_64 over the tokens, chained like the key but independent of it: equal keys with unequal
-    fingerprints are two different pages, and the second is a miss."""
+    fingerprint: keyed xxh3_64 over the tokens, chained like the key but independent of it. tokens: the ids that the page was
+    computed from, int32 little-endian, `PageFormat.token_bytes` of them; what lies before it they leave to key and fingerprint.
+    Equal keys with an unequal rest are two different pages, and the second is a miss."""
 
     key: bytes
     fingerprint: int
+    tokens: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,15 @@ class PageFormat:
         """Of one page."""
         return self.layers * self.block_bytes
 
+    @property
+    def token_bytes(self) -> int:
+        """Of the ids of one page."""
+        return self.page_tokens * TOKEN_BYTES
+
     def digest(self) -> bytes:
-        """16 bytes that stand for all fields; part of every header at rest."""
-        text = f"pdserve-kv-page-v1 {self.identity.hex()} {self.page_tokens} {self.layers} {self.block_bytes}"
+        """16 bytes that stand for all fields and for what is kept beside the bytes; part of every header at rest, and of the names
+        of what is stored: what another version stored is not looked at."""
+        text = f"pdserve-kv-page-v2 {self.identity.hex()} {self.page_tokens} {self.layers} {self.block_bytes}"
         return hashlib.sha256(text.encode()).digest()[:FORMAT_DIGEST_BYTES]
 
     def empty(self) -> PageBytes:

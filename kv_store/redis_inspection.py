@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 from kv_store.inspection import Finding, Occupancy, PageRow
 from kv_store.page import PageId
 from kv_store.redis_tier import RedisTier
-from kv_store.redis_value import HEADER_BYTES, header_failure, header_fields, value_failure
+from kv_store.redis_value import HeaderFields, header_bytes, header_failure, header_fields, value_failure
 from kv_transfer.keys import HASH_BYTES
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ class RedisInspection:
         value = self._tier.link.operate(lambda redis: cast("bytes | None", redis.get(name)))
         if value is None:
             return "absent"
-        fields = header_fields(value)
-        page_id = PageId(key, fields.fingerprint if fields is not None else 0)
-        failure = value_failure(value, page_id, self._tier.format)
+        failure = value_failure(value, _named(key, header_fields(value, self._tier.format)), self._tier.format)
         if failure is None:
             return "good"
         self._tier.counters.verify_failures[failure] += 1
@@ -80,20 +79,27 @@ class RedisInspection:
                 yield key
 
     def _rows(self, keys: Sequence[bytes]) -> list[PageRow]:
+        page_format, start = self._tier.format, header_bytes(self._tier.format)
+
         def headers(redis: Redis) -> list[bytes]:
             pipeline = redis.pipeline(transaction=False)
             for key in keys:
-                pipeline.getrange(self._name(key), 0, HEADER_BYTES - 1)
+                pipeline.getrange(self._name(key), 0, start - 1)
             return cast("list[bytes]", pipeline.execute(raise_on_error=False))
 
         now_s, rows = time.time(), []
         for key, header in zip(keys, self._tier.link.operate(headers), strict=True):
-            fields = header_fields(header) if isinstance(header, bytes) else None
-            if fields is None or header_failure(header, PageId(key, fields.fingerprint), self._tier.format) is not None:
+            fields = header_fields(header, page_format) if isinstance(header, bytes) else None
+            page_id = _named(key, fields)
+            if fields is None or header_failure(header, page_id, page_format) is not None:
                 continue
-            page_id = PageId(key, fields.fingerprint)
-            rows.append(PageRow(page_id, b"", HEADER_BYTES + fields.payload_bytes, max(0.0, now_s - fields.stored_s)))
+            rows.append(PageRow(page_id, b"", start + fields.payload_bytes, max(0.0, now_s - fields.stored_s)))
         return rows
+
+
+def _named(key: bytes, fields: HeaderFields | None) -> PageId:
+    """The page that lies under `key`, by its own word. Whatever it is where there is no header, that is no page."""
+    return replace(fields.page_id, key=key) if fields is not None else PageId(key, 0, b"")
 
 
 def _key_of(name: bytes) -> bytes | None:

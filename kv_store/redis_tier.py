@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from kv_store.backoff import Backoff
 from kv_store.page import Page, PageBytes, PageFormat, PageId
 from kv_store.redis_link import RedisLink, RedisSettings, Refused
-from kv_store.redis_value import HEADER_BYTES, copy_payload, header_failure, pack_value, value_failure
+from kv_store.redis_value import copy_payload, header_bytes, header_failure, pack_value, value_failure
 from kv_store.tier import TierCounters, TierFailed, VerifyFailure
 
 if TYPE_CHECKING:
@@ -124,9 +124,9 @@ class RedisTier:
         """Which pages are there, by their headers. What lies under their names and is no page is dropped."""
         if not ids:
             return []
-        pipeline = client.pipeline(transaction=False)
+        pipeline, last = client.pipeline(transaction=False), header_bytes(self.format) - 1
         for page_id in ids:
-            pipeline.getrange(self._name(page_id.key), 0, HEADER_BYTES - 1)
+            pipeline.getrange(self._name(page_id.key), 0, last)
         here: list[bool] = []
         for page_id, answer in zip(ids, pipeline.execute(raise_on_error=False), strict=True):
             failure = None if answer == b"" else self._failure(answer, page_id)

@@ -43,7 +43,7 @@ class TierCounters:
 class PageTier(Protocol):
     """Blocking and thread-safe: the store calls it in threads of its own. Contract: tests/kv_store/test_tier_contract.py.
 
-    What `read` counts as good was verified (key, fingerprint, format, length, xxh3_128); a page that fails is dropped, counted
+    What `read` counts as good was verified (key, fingerprint, tokens, format, length, xxh3_128); a page that fails is dropped, counted
     and a miss from then on. Nothing here raises for a bad page; TierFailed is for the medium.
     """
 

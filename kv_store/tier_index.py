@@ -225,7 +225,7 @@ class TierIndex:
         entry = self._entries.get(page_id.key)
         if entry is None or entry.state != "ready":
             return None
-        if entry.page.id.fingerprint != page_id.fingerprint:
+        if entry.page.id != page_id:
             self._failures["fingerprint"] += 1
             return None
         return entry if entry.expires_s > now_s or entry.held_until_s > now_s else None

@@ -10,6 +10,8 @@ import hmac
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+import xxhash
+
 HASH_UNIT_TOKENS = 16
 HASH_BYTES = 32
 TOKEN_BYTES = 4  # int32, little-endian
@@ -24,9 +26,10 @@ class UnitHash(Protocol):
         """HASH_BYTES bytes."""
 
 
-# Of one unit, begun with its parent's key. Tests that make different pages collide put a shortened one here, in a process of their
-# own; no setting reaches it.
+# Of one unit, begun with its parent's key; and of a page's tokens, with its parent's fingerprint as seed. Tests that make different
+# pages collide put shortened ones here, in a process of their own; no setting reaches them.
 unit_hash: Callable[[bytes], UnitHash] = hashlib.sha256
+fingerprint_hash: Callable[[bytes, int], int] = xxhash.xxh3_64_intdigest
 
 
 def identity_digest(fields: Iterable[tuple[str, str]]) -> bytes:
@@ -96,6 +99,11 @@ def fingerprint_seed(identity: bytes) -> int:
     """Key of the token fingerprints (xxh3_64) that are kept beside the chained keys. The same in every process that serves this
     identity, because pages outlive processes."""
     return int.from_bytes(identity[:8], "little")
+
+
+def page_fingerprint(token_ids: bytes, before: int) -> int:
+    """Of a page's tokens. before: fingerprint of the page before it, or the seed of the chain."""
+    return fingerprint_hash(token_ids, before)
 
 
 def chunk_seed(prompt_seed: int) -> int:

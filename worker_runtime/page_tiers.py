@@ -130,7 +130,7 @@ class PageTiers:
         future.add_done_callback(lambda done: self._saved(blocks, done))
 
     def _page(self, offered: OfferedPage) -> Page:
-        page_id = PageId(offered.unit_keys[-HASH_BYTES:], offered.fingerprint)
+        page_id = PageId(offered.unit_keys[-HASH_BYTES:], offered.fingerprint, offered.tokens)
         return Page(page_id, offered.parent, offered.unit_keys, offered.tenant, self._cost.of(offered.ordinal))
 
     def _save(self, pages: Sequence[Page], blocks: Sequence[int]) -> None:

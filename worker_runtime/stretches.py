@@ -60,5 +60,5 @@ class StretchCutter:
         tokens = array("i", token_ids[: count * self._page_tokens * TOKEN_BYTES])
         seed = self._seed if content == "prompt" else chunk_seed(self._seed)
         pages = KeyChain(self._page_tokens, keys, seed, tenant).pages(tokens, count)
-        ids = [PageId(page.key, page.fingerprint) for page in pages]
+        ids = [PageId(page.key, page.fingerprint, page.tokens) for page in pages]
         return Stretch(tokens.tobytes(), keys, tenant, ids, content)

@@ -26,7 +26,7 @@ _GONE = struct.Struct("<cQ")  # kind, place
 _SEGMENT = struct.Struct("<cIQI")  # kind, number, first sequence, slots known
 _BEGIN = struct.Struct("<c8sII")  # kind, magic, version, slots per segment
 _MAGIC = b"pdskvidx"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,8 @@ class Layout:
 
 def layout_of(page_format: PageFormat, limits: DiskLimits) -> Layout:
     """Raises ConfigInvalid where fewer than two segments, or too many, fit into the capacity."""
-    most_variable = TENANT_BYTES_MOST + page_format.page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
+    unit_key_bytes = page_format.page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
+    most_variable = TENANT_BYTES_MOST + unit_key_bytes + page_format.token_bytes
     header_bytes = _aligned(_HEADER_FIXED_BYTES + most_variable)
     record_bytes = header_bytes + _aligned(page_format.size_bytes)
     slots = max(1, (_segment_bytes(limits) - BLOCK_BYTES) // record_bytes)

@@ -14,15 +14,15 @@ import xxhash
 from kv_store.disk.layout import TENANT_BYTES_MOST
 from kv_store.page import FORMAT_DIGEST_BYTES, Page, PageId
 from kv_store.tier import VerifyFailure
-from kv_transfer.keys import HASH_BYTES
+from kv_transfer.keys import HASH_BYTES, TOKEN_BYTES
 
 MAGIC = b"pdskvrec"
-VERSION = 1
+VERSION = 2
 HASH128_BYTES = 16
 CHECKSUM_BYTES = 8
 
-# key, parent, fingerprint, saving_s, bytes of: parent, tenant, unit keys
-_PAGE = struct.Struct(f"<{HASH_BYTES}s{HASH_BYTES}sQdBBH")
+# key, parent, fingerprint, saving_s, bytes of: parent, tenant, unit keys; number of tokens
+_PAGE = struct.Struct(f"<{HASH_BYTES}s{HASH_BYTES}sQdBBHH")
 # magic, version, bytes of the page's description, format digest, payload bytes, payload xxh3_128, stored_s, sequence
 _HEADER = struct.Struct(f"<8sHH{FORMAT_DIGEST_BYTES}sQ{HASH128_BYTES}sdQ")
 
@@ -44,17 +44,19 @@ def pack_page(page: Page) -> bytes:
     assert len(page.id.key) == HASH_BYTES
     assert len(page.parent) in (0, HASH_BYTES)
     assert len(page.tenant) <= TENANT_BYTES_MOST
-    sizes = len(page.parent), len(page.tenant), len(page.unit_keys)
+    sizes = len(page.parent), len(page.tenant), len(page.unit_keys), len(page.id.tokens) // TOKEN_BYTES
     fixed = _PAGE.pack(page.id.key, page.parent, page.id.fingerprint, page.saving_s, *sizes)
-    return fixed + page.tenant + page.unit_keys
+    return fixed + page.tenant + page.unit_keys + page.id.tokens
 
 
 def unpack_page(packed: bytes) -> Page:
     """Of bytes whose checksum was right."""
-    key, parent, fingerprint, saving_s, parent_bytes, tenant_bytes, unit_bytes = _PAGE.unpack_from(packed)
+    key, parent, fingerprint, saving_s, parent_bytes, tenant_bytes, unit_bytes, token_count = _PAGE.unpack_from(packed)
     tenant_end = _PAGE.size + tenant_bytes
-    tenant, unit_keys = packed[_PAGE.size : tenant_end], packed[tenant_end : tenant_end + unit_bytes]
-    return Page(PageId(key, fingerprint), parent[:parent_bytes], unit_keys, tenant, saving_s)
+    unit_end = tenant_end + unit_bytes
+    tenant, unit_keys = packed[_PAGE.size : tenant_end], packed[tenant_end:unit_end]
+    page_id = PageId(key, fingerprint, packed[unit_end : unit_end + token_count * TOKEN_BYTES])
+    return Page(page_id, parent[:parent_bytes], unit_keys, tenant, saving_s)
 
 
 def pack_header(record: Record, header_bytes: int) -> bytes:
@@ -92,7 +94,7 @@ def header_failure(
         return "header"
     if record.format_digest != format_digest or record.page.id.key != page_id.key:
         return "identity"
-    if record.page.id.fingerprint != page_id.fingerprint:
+    if record.page.id != page_id:
         return "fingerprint"
     return None if record.payload_bytes == payload_bytes else "length"
 

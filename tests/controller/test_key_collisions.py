@@ -1,6 +1,7 @@
 """A test build whose keys have 8 or 12 bits, through the whole path: controller, engines, hand-offs, tiers, Redis, pulls from peers.
 
-Different pages then really have the same key, everywhere at once. Every answer is that of a build with whole keys.
+Different pages then really have the same key, everywhere at once; without fingerprints, only their tokens tell them apart. Every
+answer is that of a build with whole keys.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import grpc
 import pytest
 
 from controller.grpc_api import MembershipApi
+from controller.kv_blend import Chunk, KvBlend, Recipe
 from controller.request import GenerationRequest, Route, SamplingSpec
 from controller.worker_record import WorkerRecord
 from decode_worker.service import DecodeService
@@ -31,7 +33,7 @@ from service_kit.config import ClusterConfig, EngineConfig, ModelConfig, StoreCo
 from tests.controller.cluster_twin import PATIENT_TRANSFER, ClusterTwin, cluster
 from tests.controller.test_native_inproc import MODEL
 from tests.kv_store.redis_server import running_redis
-from tests.kv_transfer.short_keys import shortened_keys
+from tests.kv_transfer.short_keys import WHOLE_FINGERPRINT, shortened_keys
 from worker_runtime.engine_link import ProcessEngineLink
 from worker_runtime.holding import RoleName
 from worker_runtime.node_settings import NodeSettings, new_incarnation
@@ -43,16 +45,17 @@ WORKERS: dict[str, RoleName] = {"p0": "prefill", "p1": "prefill", "d0": "decode"
 WHOLE_KEYS = 0
 PAGE_TOKENS, PAGE_BYTES = 16, 16 * 4 * 2 * 2 * 64 * 4  # 4 layers, K and V, 2 heads of 64, float32
 POOL_PAGES, HOST_PAGES = 96, 48  # less than all prompts together have
-PROMPTS = 18
+PROMPTS, BLENDED_PROMPTS = 18, 8
 SALTS = ("", "one tenant", "another")
 
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """bits: of its keys; WHOLE_KEYS = not shortened."""
+    """bits: of its keys; WHOLE_KEYS = not shortened. fingerprint_bits: of the fingerprints beside them."""
 
     bits: int
     folder: Path
+    fingerprint_bits: int = WHOLE_FINGERPRINT
     redis_url: str = ""
 
     def config(self, controller: str) -> ClusterConfig:
@@ -71,7 +74,11 @@ class Build:
 
     async def worker(self, worker_id: str, config: ClusterConfig) -> WorkerNode:
         command = (sys.executable, "-m", "tests.worker.colliding_engine") if self.bits else ()
-        environment = {"KEY_BITS": str(self.bits), "PYTHONPATH": str(MODEL.parents[1])}
+        environment = {
+            "KEY_BITS": str(self.bits),
+            "FINGERPRINT_BITS": str(self.fingerprint_bits),
+            "PYTHONPATH": str(MODEL.parents[1]),
+        }
         link = await ProcessEngineLink.start(config.model_dump_json().encode(), 200.0, command, environment)
         settings = NodeSettings(worker_id, frozenset({WORKERS[worker_id]}), config, "test", new_incarnation())
         place = StorePlace(self.folder / worker_id)
@@ -85,7 +92,7 @@ class Build:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ClusterTwin]:
-        keys = shortened_keys(self.bits) if self.bits else nullcontext()
+        keys = shortened_keys(self.bits, self.fingerprint_bits) if self.bits else nullcontext()
         with keys:
             async with cluster(grace_s=60.0, request_timeout_s=120.0, patience=50.0) as twin:
                 server = grpc.aio.server()
@@ -106,6 +113,22 @@ class Build:
                     await server.stop(None)
 
 
+def blended_prompts() -> list[tuple[bytes, KvBlend]]:
+    """Of three chunks each, which stand in other prompts too, at other places."""
+    rng = random.Random(12)
+    chunks = [array("i", (rng.randrange(20, 1000) for _ in range(rng.randint(30, 90)))) for _ in range(8)]
+    found: list[tuple[bytes, KvBlend]] = []
+    for _ in range(BLENDED_PROMPTS):
+        tokens, spans = array("i"), list[Chunk]()
+        for chunk in rng.sample(chunks, 3):
+            tokens.append(rng.randrange(20, 1000))
+            spans.append(Chunk(len(tokens), len(tokens) + len(chunk)))
+            tokens += chunk
+        tokens.extend(rng.randrange(20, 1000) for _ in range(6))
+        found.append((tokens.tobytes(), KvBlend(Recipe(), tuple(spans))))
+    return found
+
+
 def prompts() -> list[bytes]:
     """Of 3 to 14 pages; every second one goes on from the beginning of an earlier one."""
     rng = random.Random(11)
@@ -120,14 +143,19 @@ def prompts() -> list[bytes]:
 
 
 async def answers(twin: ClusterTwin) -> list[list[int]]:
-    """All prompts by one prefill worker, by the other one, and by the first again: first those that are on no device any more."""
-    asked, found = prompts(), list[list[int]]()
+    """All prompts, blended ones too, by one prefill worker, by the other one, and by the first again: first those that are on no
+    device any more."""
+    asked: list[tuple[bytes, KvBlend | None]] = [*((prompt, None) for prompt in prompts()), *blended_prompts()]
+    found: list[list[int]] = []
     for turn, prefill, order in ((1, "p0", asked), (2, "p1", asked[::-1]), (3, "p0", asked)):
-        for number, prompt in enumerate(order):
+        for number, (prompt, blend) in enumerate(order):
             sampling = SamplingSpec(max_tokens=6, seed=5, ignore_eos=True, temperature=0.0)
             route = Route(prefill, "d0")
             request = GenerationRequest(f"{turn}-{number}", prompt, sampling, want_text=False, route=route)
-            got = await twin.collect(replace(request, cache_salt=SALTS[prompt[0] % len(SALTS)]))
+            salt = "" if blend else SALTS[prompt[0] % len(SALTS)]
+            got = await twin.collect(replace(request, cache_salt=salt, kv_blend=blend))
+            assert got.begun is not None
+            assert (got.begun.blended_tokens > 0) == (blend is not None)
             found.append(got.token_ids[0])
         record = record_of(twin, prefill)
         await twin.until(partial(settled, record), f"{prefill} has stored its pages")
@@ -196,14 +224,15 @@ async def check(build: Build, expected: list[list[int]]) -> None:
         assert loaded["redis" if build.redis_url else "peer"] > 0
 
 
-@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize(("bits", "fingerprint_bits"), [(8, WHOLE_FINGERPRINT), (12, WHOLE_FINGERPRINT), (8, 0)])
 async def test_pages_that_share_a_key_are_never_taken_for_each_other(
-    bits: int, expected: list[list[int]], tmp_path: Path
+    bits: int, fingerprint_bits: int, expected: list[list[int]], tmp_path: Path
 ) -> None:
-    await check(Build(bits, tmp_path), expected)
+    await check(Build(bits, tmp_path, fingerprint_bits), expected)
 
 
+@pytest.mark.parametrize("fingerprint_bits", [WHOLE_FINGERPRINT, 0])
 async def test_nor_are_those_that_lie_in_redis_for_all(
-    redis_url: str, expected: list[list[int]], tmp_path: Path
+    redis_url: str, fingerprint_bits: int, expected: list[list[int]], tmp_path: Path
 ) -> None:
-    await check(Build(8, tmp_path, redis_url), expected)
+    await check(Build(8, tmp_path, fingerprint_bits, redis_url), expected)

@@ -33,7 +33,7 @@ from engine.scattered_attention import open_scattered
 from kv_transfer.keys import chunk_hashes
 from tests.engine.rig import Recorder, assert_all_free, finish, open_native, sampling
 from tests.engine.rig import work as exact_work
-from tests.kv_transfer.short_keys import shortened_keys
+from tests.kv_transfer.short_keys import WHOLE_FINGERPRINT, shortened_keys
 
 LAYERS = 3
 RATIO = 0.2
@@ -123,13 +123,15 @@ def test_chunks_are_computed_once_and_found_in_any_order(native: tuple[NativeEng
     assert torch.equal(seen, rows(expected, list(range(len(started.blocks))), count))
 
 
+@pytest.mark.parametrize("fingerprint_bits", [WHOLE_FINGERPRINT, 0])
 def test_a_chunk_under_the_keys_of_another_one_is_computed_itself_and_changes_nothing(
-    native: tuple[NativeEngine, Recorder], model_dir: Path
+    native: tuple[NativeEngine, Recorder], model_dir: Path, fingerprint_bits: int
 ) -> None:
-    """Of each key four bits are left: the two chunks, of equal length, have the same one for each of their pages."""
+    """Of each key four bits are left: the two chunks, of equal length, have the same one for each of their pages, and where nothing
+    is left of the fingerprints, those too: their tokens tell them apart."""
     engine, recorder = native
     first = CHUNKS[0]
-    with shortened_keys(4):
+    with shortened_keys(4, fingerprint_bits):
         draw = random.Random(3)
         drawn = ([draw.randrange(10, 490) for _ in first] for _ in range(100_000))
         second = next(other for other in drawn if keys_of(other) == keys_of(first))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ from engine.pool import BlockPool
 from engine.prefix_index import KeyChain, PrefixIndex
 from engine.protocol import KvEvicted, KvStored
 from kv_transfer.keys import HASH_BYTES, chain_hashes, chunk_hashes, chunk_seed
-from tests.kv_transfer.short_keys import shortened_keys
+from tests.kv_transfer.short_keys import WHOLE_FINGERPRINT, shortened_keys
 
 ROOT, SEED, PAGE_TOKENS = bytes(32), 9, 16
 # A prompt is a list of pages, each of one token over and over: equal lists begin with equal pages, all others differ.
@@ -47,6 +47,15 @@ def prefixes(prompt: list[int]) -> list[Prefix]:
     return [tuple(prompt[: end + 1]) for end in range(len(prompt))]
 
 
+def told_apart(prompt: list[int]) -> list[int]:
+    """A prompt like that, none of whose pages has the tokens of a page behind other ones: numbers that name all pages so far."""
+    return [sum((page + 1) * 32**at for at, page in enumerate(prompt[: end + 1])) for end in range(len(prompt))]
+
+
+BUILDS = pytest.mark.parametrize(("fingerprint_bits", "drawn"), [(WHOLE_FINGERPRINT, list), (0, told_apart)])
+
+
+@BUILDS
 @given(
     stored=st.lists(PROMPTS, max_size=40),
     forgotten=st.sets(st.integers(0, 99)),
@@ -54,10 +63,16 @@ def prefixes(prompt: list[int]) -> list[Prefix]:
 )
 @settings(max_examples=150, derandomize=True, deadline=None)
 def test_the_index_agrees_with_a_model_that_knows_every_token(
-    stored: list[list[int]], forgotten: set[int], asked: list[list[int]]
+    fingerprint_bits: int,
+    drawn: Callable[[list[int]], list[int]],
+    stored: list[list[int]],
+    forgotten: set[int],
+    asked: list[list[int]],
 ) -> None:
-    """The model: whoever comes first has the key; a prompt's longest prefix is found whose every page is its own."""
-    with shortened_keys(8):
+    """The model: whoever comes first has the key; a prompt's longest prefix is found whose every page is its own. Without
+    fingerprints, the tokens alone tell pages apart."""
+    stored, asked = [drawn(prompt) for prompt in stored], [drawn(prompt) for prompt in asked]
+    with shortened_keys(8, fingerprint_bits):
         index, model, collisions = PrefixIndex(), dict[bytes, tuple[int, Prefix]](), 0
         for prompt in stored:
             for page, prefix in zip(chain(prompt).pages(tokens_of(prompt), len(prompt)), prefixes(prompt), strict=True):
@@ -84,9 +99,11 @@ def test_the_index_agrees_with_a_model_that_knows_every_token(
 class Colliding(RuleBasedStateMachine):
     """Tables over a small pool, with the prefix that each block was computed for beside it, as its content."""
 
+    fingerprint_bits = WHOLE_FINGERPRINT
+
     def __init__(self) -> None:
         super().__init__()
-        self.short = shortened_keys(5)
+        self.short = shortened_keys(5, self.fingerprint_bits)
         self.short.__enter__()
         self.tables = BlockTables(BlockPool(14), PAGE_TOKENS)
         self.tables.offers.limit = 2
@@ -94,11 +111,15 @@ class Colliding(RuleBasedStateMachine):
         self.content: dict[int, Prefix] = {}
         self.indexed: set[bytes] = set()
 
+    def drawn(self, prompt: list[int]) -> list[int]:
+        return prompt
+
     def teardown(self) -> None:
         self.short.__exit__(None, None, None)
 
     @rule(prompt=PROMPTS)
     def compute(self, prompt: list[int]) -> None:
+        prompt = self.drawn(prompt)
         tokens = tokens_of(prompt)
         table = self.tables.open(tokens, chain(prompt), len(tokens), 0)
         if table is None:
@@ -129,7 +150,12 @@ class Colliding(RuleBasedStateMachine):
         for page in offered:
             prefix = self.content[page.block]
             (*_, named) = chain(prefix).pages(tokens_of(prefix), len(prefix))
-            assert (page.unit_keys, page.fingerprint, page.parent) == (named.unit_keys, named.fingerprint, named.parent)
+            assert (page.unit_keys, page.fingerprint, page.tokens, page.parent) == (
+                named.unit_keys,
+                named.fingerprint,
+                named.tokens,
+                named.parent,
+            )
 
     @invariant()
     def no_block_is_lost_and_the_news_add_up(self) -> None:
@@ -144,8 +170,20 @@ class Colliding(RuleBasedStateMachine):
                 self.indexed.difference_update(keys)
 
 
+class CollidingAltogether(Colliding):
+    """Without fingerprints."""
+
+    fingerprint_bits = 0
+
+    def drawn(self, prompt: list[int]) -> list[int]:
+        return told_apart(prompt)
+
+
 TestColliding = Colliding.TestCase
-TestColliding.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestCollidingAltogether = CollidingAltogether.TestCase
+TestColliding.settings = TestCollidingAltogether.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
+)
 
 
 def colliding(key: bytes, length: int, first: int = 1000) -> Prefix:

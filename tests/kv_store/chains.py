@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from functools import cache
 
 import numpy as np
@@ -21,10 +22,17 @@ def key_of(number: int) -> bytes:
 
 
 @cache
+def tokens_of(number: int, page_format: PageFormat = SMALL) -> bytes:
+    """Other ones for every page."""
+    return array("i", range(number * 1000, number * 1000 + page_format.page_tokens)).tobytes()
+
+
+@cache
 def page_of(number: int, tenant: bytes = b"") -> Page:
     """Pages 0-3 are a chain, 4-7 the next one, and so on."""
     parent = key_of(number - 1) if number % CHAIN_PAGES else b""
-    return Page(PageId(key_of(number), number * 7919 + 1), parent, b"u" * 32 + key_of(number), tenant, 0.001 * number)
+    page_id = PageId(key_of(number), number * 7919 + 1, tokens_of(number))
+    return Page(page_id, parent, b"u" * 32 + key_of(number), tenant, 0.001 * number)
 
 
 def bytes_of(number: int, page_format: PageFormat = SMALL) -> PageBytes:

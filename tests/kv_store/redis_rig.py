@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 import numpy as np
@@ -29,7 +30,8 @@ class Clock:
 
 
 def page_of(number: int) -> Page:
-    return Page(PageId(bytes([number]) * 32, 77 + number), bytes([number - 1]) * 32 if number else b"")
+    tokens = array("i", range(number * 1000, number * 1000 + FORMAT.page_tokens)).tobytes()
+    return Page(PageId(bytes([number]) * 32, 77 + number, tokens), bytes([number - 1]) * 32 if number else b"")
 
 
 def content_of(number: int) -> PageBytes:

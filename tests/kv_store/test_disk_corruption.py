@@ -11,9 +11,9 @@ from kv_store.disk.disk_tier import DiskTier
 from kv_store.disk.layout import DiskLimits, layout_of
 from kv_store.disk.record import Record, pack_header, payload_hash
 from kv_store.lru import Lru
-from kv_store.page import PageFormat, PageId
+from kv_store.page import PageFormat
 from kv_store.tier import VerifyFailure
-from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of
+from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of, tokens_of
 from tests.kv_store.memory_disk import MemoryDisk
 
 PAGES = 10
@@ -35,7 +35,9 @@ HEADER_FIELDS = {
     "fingerprint": 132,
     "saving": 140,
     "sizes": 148,
-    "unit keys": 152,
+    "unit keys": 154,
+    "first token": 218,
+    "last token": 345,
     "padding": 3000,
     "checksum": 4095,
 }
@@ -228,10 +230,17 @@ WRONG: dict[str, tuple[Callable[[], bytes], VerifyFailure]] = {
     "another model": (lambda: foreign(format_digest=b"\x07" * 16), "identity"),
     "another position": (lambda: foreign(page=page_of(6)), "identity"),
     "another tenant": (
-        lambda: foreign(page=replace(page_of(5), id=PageId(key_of(555), 1), tenant=b"t" * 16)),
+        lambda: foreign(page=replace(page_of(5), id=replace(page_of(5).id, key=key_of(555)), tenant=b"t" * 16)),
         "identity",
     ),
-    "the same key by collision": (lambda: foreign(page=replace(page_of(5), id=PageId(key_of(5), 4711))), "fingerprint"),
+    "the same key by collision": (
+        lambda: foreign(page=replace(page_of(5), id=replace(page_of(5).id, fingerprint=4711))),
+        "fingerprint",
+    ),
+    "the same key and fingerprint by collision": (
+        lambda: foreign(page=replace(page_of(5), id=replace(page_of(5).id, tokens=tokens_of(6)))),
+        "fingerprint",
+    ),
     "another length": (lambda: foreign(payload_bytes=SMALL.size_bytes - 16), "length"),
     "another version's bytes": (lambda: foreign(payload_hash=b"\x01" * 16), "checksum"),
 }

@@ -18,7 +18,7 @@ from kv_store.disk.record import (
 from kv_store.news import News
 from kv_store.page import Page, PageId
 from kv_store.tier import Change
-from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of
+from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of, tokens_of
 
 LONGEST_S = 60.0
 RECORD = Record(page_of(3, b"tenant"), SMALL.digest(), SMALL.size_bytes, b"h" * 16, 1234.5, 2**40)
@@ -29,8 +29,8 @@ RECORD = Record(page_of(3, b"tenant"), SMALL.digest(), SMALL.size_bytes, b"h" * 
     [
         page_of(1),
         page_of(0),
-        Page(PageId(key_of(9), 2**64 - 1), tenant=b"t" * 64, saving_s=0.25),
-        Page(PageId(key_of(9), 0), parent=key_of(8), unit_keys=b"u" * 64),
+        Page(PageId(key_of(9), 2**64 - 1, b"t" * 1024), tenant=b"t" * 64, saving_s=0.25),
+        Page(PageId(key_of(9), 0, b"i" * 64), parent=key_of(8), unit_keys=b"u" * 64),
     ],
 )
 def test_a_page_comes_back_as_it_was_packed(page: Page) -> None:
@@ -63,6 +63,7 @@ def test_a_header_is_refused_for_what_differs() -> None:
     assert header_failure(RECORD, page_id, b"x" * 16, size_bytes) == "identity"
     assert header_failure(RECORD, replace(page_id, key=key_of(77)), digest, size_bytes) == "identity"
     assert header_failure(RECORD, replace(page_id, fingerprint=1), digest, size_bytes) == "fingerprint"
+    assert header_failure(RECORD, replace(page_id, tokens=tokens_of(4)), digest, size_bytes) == "fingerprint"
     assert header_failure(RECORD, page_id, digest, size_bytes + 1) == "length"
 
 
@@ -113,7 +114,7 @@ def test_news_of_many_threads_are_told_in_the_order_in_which_they_happened() -> 
             with lock:
                 fingerprint = thread * 1000 + number
                 order.append(fingerprint)
-                happened.append(("stored", Page(PageId(key_of(0), fingerprint))))
+                happened.append(("stored", Page(PageId(key_of(0), fingerprint, b""))))
             news.tell()
 
     threads = [threading.Thread(target=change_much, args=(number,), daemon=True) for number in range(4)]

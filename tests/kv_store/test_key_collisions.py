@@ -15,7 +15,7 @@ from kv_store.tier_index import TierIndex
 from kv_transfer.keys import chain_hashes, fingerprint_seed
 from tests.kv_store.chains import SMALL, bytes_of
 from tests.kv_store.test_tier_contract import INDEXED, OPENERS, open_bench
-from tests.kv_transfer.short_keys import shortened_keys
+from tests.kv_transfer.short_keys import WHOLE_FINGERPRINT, shortened_keys
 
 BITS = 3  # as many keys as every tier has room for pages: nothing is evicted
 Prompt = tuple[int, ...]
@@ -26,19 +26,27 @@ def pages_of(prompt: Prompt) -> list[Page]:
     tokens = array("i", [number for number in prompt for _ in range(SMALL.page_tokens)])
     keys = chain_hashes(SMALL.identity, tokens.tobytes())
     chain = KeyChain(SMALL.page_tokens, keys, fingerprint_seed(SMALL.identity)).pages(tokens, len(prompt))
-    return [Page(PageId(page.key, page.fingerprint), page.parent, page.unit_keys) for page in chain]
+    return [Page(PageId(page.key, page.fingerprint, page.tokens), page.parent, page.unit_keys) for page in chain]
 
 
 def contents_of(prompt: Prompt) -> list[PageBytes]:
     return [bytes_of(hash(prompt[: end + 1])) for end in range(len(prompt))]
 
 
+def told_apart(prompt: Prompt) -> Prompt:
+    """A prompt like that, none of whose pages has the tokens of a page behind other ones: numbers that name all pages so far."""
+    return tuple(sum((page + 1) * 5**at for at, page in enumerate(prompt[: end + 1])) for end in range(len(prompt)))
+
+
+@pytest.mark.parametrize("fingerprint_bits", [WHOLE_FINGERPRINT, 0])
 @pytest.mark.parametrize("name", OPENERS)
-def test_a_tier_agrees_with_a_model_that_knows_every_token(name: str, tmp_path: Path) -> None:
-    """The model: whoever comes first has the key."""
+def test_a_tier_agrees_with_a_model_that_knows_every_token(name: str, fingerprint_bits: int, tmp_path: Path) -> None:
+    """The model: whoever comes first has the key. Without fingerprints, the tokens alone tell pages apart."""
     rng = random.Random(5)
     prompts = [tuple(rng.choices(range(4), k=rng.randint(1, 4))) for _ in range(60)]
-    with shortened_keys(BITS), open_bench(name, tmp_path) as bench:
+    if not fingerprint_bits:
+        prompts = [told_apart(prompt) for prompt in prompts]
+    with shortened_keys(BITS, fingerprint_bits), open_bench(name, tmp_path) as bench:
         tier, model = bench.tier, dict[bytes, PageId]()
         for prompt in prompts:
             pages = pages_of(prompt)
@@ -87,7 +95,7 @@ def test_pages_that_stand_below_themselves_can_all_be_evicted(policy: str) -> No
 def test_a_page_that_names_itself_as_its_parent_is_kept_and_leaves_when_room_is_needed() -> None:
     index = TierIndex(1, policy_of("lru")(), ttl_s=1e9)
     key = b"k" * 32
-    for page in (Page(PageId(key, 1), parent=key), Page(PageId(b"o" * 32, 2))):
+    for page in (Page(PageId(key, 1, b""), parent=key), Page(PageId(b"o" * 32, 2, b""))):
         granted, _ = index.make_room(page, 1, 0.0)
         assert granted
         index.commit(index.begin(page, 1, 0, 0.0))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from kv_store.page import Page, PageId
+from kv_store.page import Page
 from kv_store.redis_link import RedisSettings
 from kv_store.redis_tier import RedisTier
-from kv_store.redis_value import HEADER_BYTES
+from kv_store.redis_value import header_bytes
 from tests.kv_store.redis_rig import FORMAT, OTHER_MODEL, Opened, content_of, ids, load, name_of, page_of, raw, store
 from tests.kv_store.redis_server import RedisServer
+
+HEADER = header_bytes(FORMAT)
 
 
 def test_pages_that_are_stored_come_back_to_another_worker(server: RedisServer, opened: Opened) -> None:
@@ -85,7 +88,7 @@ def flipped(value: bytes, at: int) -> bytes:
     return value[:at] + bytes([value[at] ^ 0x10]) + value[at + 1 :]
 
 
-@pytest.mark.parametrize("at", [*range(0, HEADER_BYTES, 7), HEADER_BYTES, HEADER_BYTES + 600, -1])
+@pytest.mark.parametrize("at", [*range(0, HEADER, 7), HEADER, HEADER + 600, -1])
 def test_a_flipped_bit_anywhere_is_a_miss_and_the_value_goes(server: RedisServer, opened: Opened, at: int) -> None:
     tier = opened(server.url)
     store(tier, 0)
@@ -108,7 +111,7 @@ def cut_in_the_payload(value: bytes, other: bytes) -> bytes:
 
 
 def cut_in_the_header(value: bytes, other: bytes) -> bytes:
-    return value[: HEADER_BYTES - 1]
+    return value[: HEADER - 1]
 
 
 def longer(value: bytes, other: bytes) -> bytes:
@@ -116,7 +119,7 @@ def longer(value: bytes, other: bytes) -> bytes:
 
 
 def with_the_payload_of_another(value: bytes, other: bytes) -> bytes:
-    return value[:HEADER_BYTES] + other[HEADER_BYTES:]
+    return value[:HEADER] + other[HEADER:]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_a_page_of_another_model_under_the_right_name_is_no_page(server: RedisSe
 def test_equal_keys_with_unequal_tokens_are_two_pages(server: RedisServer, opened: Opened) -> None:
     tier = opened(server.url)
     store(tier, 0)
-    other = PageId(page_of(0).id.key, 1)
+    other = replace(page_of(0).id, tokens=page_of(1).id.tokens)
     assert tier.present([other]) == 0
     assert tier.write([Page(other)], [content_of(1)]) == 0
     assert load(tier, 0) == 1

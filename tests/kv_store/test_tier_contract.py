@@ -22,7 +22,7 @@ from kv_store.redis_link import RedisSettings
 from kv_store.redis_tier import RedisTier
 from kv_store.tier import Change, PageTier, TierListener
 from kv_store.tier_index import TierIndex
-from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of
+from tests.kv_store.chains import SMALL, bytes_of, key_of, page_of, tokens_of
 from tests.kv_store.redis_server import running_redis
 
 PAGES_MOST = 24  # a tier under test holds at least half and at most so many
@@ -144,9 +144,12 @@ def test_present_and_read_stop_at_the_first_gap(bench: Bench) -> None:
     assert read(bench.tier, [2, 3]) == 0
 
 
-def test_equal_keys_with_another_fingerprint_are_a_miss_and_take_no_place(bench: Bench) -> None:
+@pytest.mark.parametrize("other", [{"fingerprint": page_of(0).id.fingerprint ^ 1}, {"tokens": tokens_of(1)}], ids=str)
+def test_equal_keys_with_another_fingerprint_or_other_tokens_are_a_miss_and_take_no_place(
+    bench: Bench, other: dict[str, int | bytes]
+) -> None:
     write(bench.tier, [0])
-    twin = replace(page_of(0), id=PageId(key_of(0), page_of(0).id.fingerprint ^ 1))
+    twin = replace(page_of(0), id=replace(page_of(0).id, **other))  # type: ignore[arg-type]
     assert bench.tier.present([twin.id]) == 0
     assert bench.tier.read([twin.id], [SMALL.empty()]) == 0
     assert bench.tier.write([twin], [bytes_of(99)]) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import settings
@@ -27,7 +27,7 @@ def key_of(number: int | None) -> bytes:
 
 
 def id_of(number: int) -> PageId:
-    return PageId(key_of(number), 1_000 + number)
+    return PageId(key_of(number), 1_000 + number, bytes([number]) * 64)
 
 
 def page_of(number: int) -> Page:
@@ -198,7 +198,8 @@ class IndexMachine(RuleBasedStateMachine):
     def what_is_found_is_what_the_model_finds(self) -> None:
         for number in PARENTS:
             assert self.index.present([id_of(number)], self.now_s) == self.readable(number)
-            assert self.index.present([PageId(key_of(number), 7)], self.now_s) == 0
+            for other in (replace(id_of(number), fingerprint=7), replace(id_of(number), tokens=bytes([99]) * 64)):
+                assert self.index.present([other], self.now_s) == 0
         assert len(self.index) == sum(one.state != "evicting" for one in self.known)
 
     @invariant()
@@ -294,7 +295,7 @@ def test_chains_whose_ends_are_dear_leave_whole_under_gdsf_before_what_is_dearer
     index = TierIndex(80, Gdsf(), TTL_S)
 
     def store(number: int, parent: bytes, saving_s: float) -> list[int]:
-        page = Page(PageId(number.to_bytes(32, "big"), 0), parent, saving_s=saving_s)
+        page = Page(PageId(number.to_bytes(32, "big"), 0, b""), parent, saving_s=saving_s)
         granted, evicted = index.make_room(page, 1, 0.0)
         assert granted
         index.commit(index.begin(page, 1, number, 0.0))

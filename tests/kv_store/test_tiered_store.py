@@ -24,7 +24,7 @@ DEADLINE_S = 20.0
 def page(number: int, parent: int | None = None) -> Page:
     parent_key = b"" if parent is None else page(parent).id.key
     key = number.to_bytes(32, "little")
-    return Page(PageId(key, number * 7), parent_key, key)
+    return Page(PageId(key, number * 7, bytes([number]) * FORMAT.token_bytes), parent_key, key)
 
 
 def content(number: int) -> PageBytes:
@@ -136,6 +136,21 @@ def test_a_page_whose_bytes_changed_in_memory_is_a_miss_and_counted() -> None:
     store.close()
 
 
+def test_a_page_whose_tokens_changed_in_memory_is_not_served_for_the_tokens_that_it_has_now() -> None:
+    """The checksum covers them: who asks for the tokens that it was computed from misses it, who asks for the others too."""
+    host, pages = host_tier(4), chain(3)
+    store = TieredStore(host, [], FORMAT.size_bytes)
+    store.save(pages, [content(number) for number in range(3)])
+    (entry,) = (entry for entry in host.entries() if entry.page == pages[1])
+    entry.page = replace(entry.page, id=replace(entry.page.id, tokens=b"\x07" + entry.page.id.tokens[1:]))
+    assert loaded(store, pages)[0] == 1
+    assert set(host.counters.verify_failures) == {"fingerprint"}
+    assert store.load([entry.page.id], [FORMAT.empty()], float("inf")).good == 0
+    assert host.counters.verify_failures["checksum"] == 1
+    assert store.locate([entry.page.id]) == []
+    store.close()
+
+
 def test_a_bad_page_of_one_tier_is_taken_from_the_next() -> None:
     host, shelf, pages = host_tier(4), Shelf(), chain(3)
     store = TieredStore(host, [shelf], FORMAT.size_bytes)
@@ -152,8 +167,8 @@ def test_a_bad_page_of_one_tier_is_taken_from_the_next() -> None:
 def test_equal_keys_with_other_fingerprints_are_another_page() -> None:
     store = TieredStore(host_tier(4), [], FORMAT.size_bytes)
     store.save([page(1)], [content(1)])
-    assert store.locate([PageId(page(1).id.key, 99)]) == []
-    assert store.load([PageId(page(1).id.key, 99)], [FORMAT.empty()], float("inf")).good == 0
+    assert store.locate([replace(page(1).id, fingerprint=99)]) == []
+    assert store.load([replace(page(1).id, fingerprint=99)], [FORMAT.empty()], float("inf")).good == 0
     store.close()
 
 

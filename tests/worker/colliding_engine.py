@@ -1,4 +1,4 @@
-"""Owns the native engine's process in a test build whose keys have few bits. Environment KEY_BITS: how many."""
+"""Owns the native engine's process in a test build whose keys have few bits. Environment KEY_BITS, FINGERPRINT_BITS: how many."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from worker.engine_main import open_native
 from worker_runtime.engine_process import host_engine
 
 if __name__ == "__main__":
-    shorten_keys(int(os.environ["KEY_BITS"]))
+    shorten_keys(int(os.environ["KEY_BITS"]), int(os.environ["FINGERPRINT_BITS"]))
     sys.exit(host_engine(int(sys.argv[1]), int(sys.argv[2]), open_native))

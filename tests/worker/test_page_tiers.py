@@ -75,7 +75,7 @@ def work(key: int = 1) -> Work:
 
 def stored_pages() -> list[Page]:
     keys = KeyChain(16, work().block_hashes, fingerprint_seed(IDENTITY)).pages(TOKENS, PAGES)
-    return [Page(PageId(key.key, key.fingerprint), b"", key.unit_keys) for key in keys]
+    return [Page(PageId(key.key, key.fingerprint, key.tokens), b"", key.unit_keys) for key in keys]
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ async def test_offered_pages_go_down_and_their_blocks_come_back(link: LinkTwin) 
     assert link.commands == [OfferPages(BLOCKS // 4)]
     keys = KeyChain(16, work().block_hashes, fingerprint_seed(IDENTITY)).pages(TOKENS, 2)
     link.arena.blocks(1, 7, 1)[:] = bytes(range(64))
-    offered = (OfferedPage(7, keys[0].unit_keys, keys[0].fingerprint, b"", b"tenant"),)
+    offered = (OfferedPage(7, keys[0].unit_keys, keys[0].fingerprint, keys[0].tokens, b"", b"tenant"),)
     tiers.offered(KvOffered(offered, skipped=3))
     await link.until(lambda: "PagesSaved" in link.names())
     assert link.commands[-1] == PagesSaved((7,))
@@ -234,7 +234,7 @@ async def test_an_offered_page_saves_its_compute_by_its_place_less_its_load_and_
     for token_s, ordinals in ((0.0, (2,)), (0.001, (1, 3))):
         tiers.computes(token_s)
         chosen = [(at, keys[at]) for at in ordinals]
-        pages = [OfferedPage(7, key.unit_keys, key.fingerprint, key.parent, b"", at) for at, key in chosen]
+        pages = [OfferedPage(7, key.unit_keys, key.fingerprint, key.tokens, key.parent, b"", at) for at, key in chosen]
         tiers.offered(KvOffered(tuple(pages), 0))
     await link.until(lambda: link.names().count("PagesSaved") == 2)
     tiers.close()

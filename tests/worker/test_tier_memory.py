@@ -90,7 +90,7 @@ def offer(number: int) -> KvOffered:
     chain = KeyChain(PAGE_TOKENS, work(0, number).block_hashes, fingerprint_seed(IDENTITY))
     first, parent, offered = number % BATCH * PAGES, b"", []
     for block, page in enumerate(chain.pages(tokens(number), PAGES), first):
-        offered.append(OfferedPage(block, page.unit_keys, page.fingerprint, parent))
+        offered.append(OfferedPage(block, page.unit_keys, page.fingerprint, page.tokens, parent))
         parent = page.key
     return KvOffered(tuple(offered), skipped=0)
 
