@@ -40,8 +40,9 @@ async def test_a_controller_that_reconnects_misses_no_token_and_sees_none_twice(
 async def test_what_ended_while_the_controller_was_away_is_replayed(
     controller: ControllerTwin, start_worker: StartWorker
 ) -> None:
+    """Nothing is acknowledged: however much came before the stream was cut, all of it is held until then."""
     await start_worker("d0", "decode", step_ms=1)
-    session = await controller.session("d0")
+    session = await controller.session("d0", acknowledges=False)
     session.send(commands.generate(commands.work(1, PROMPT, max_tokens=50)))
     await session.until(lambda: session.tokens(1))
     await session.drop()
@@ -59,7 +60,7 @@ async def test_what_ended_while_the_controller_was_away_is_replayed(
 async def test_an_orphan_is_cancelled_and_freed_when_its_time_is_over(
     controller: ControllerTwin, start_worker: StartWorker
 ) -> None:
-    await start_worker("d0", "decode", "worker.orphan_s=0.5", step_ms=5)
+    await start_worker("d0", "decode", "worker.orphan_s=3", step_ms=5)
     session = await controller.session("d0")
     session.send(commands.generate(commands.work(1, PROMPT, max_tokens=100_000)))
     await session.until(lambda: session.tokens(1))
@@ -78,7 +79,7 @@ async def test_another_controller_adopts_an_orphan_from_the_index_that_it_lacks(
     controller: ControllerTwin, start_worker: StartWorker
 ) -> None:
     await start_worker("d0", "decode", step_ms=5)
-    session = await controller.session("d0")
+    session = await controller.session("d0", acknowledges=False)
     session.send(commands.generate(commands.work(1, PROMPT, max_tokens=100)))
     await session.until(lambda: len(session.tokens(1).get(0, ())) > 10)
     await session.drop()

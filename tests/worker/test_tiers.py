@@ -206,23 +206,22 @@ async def test_workers_share_pages_through_redis_and_serve_on_when_it_stands_sti
         await start_worker("d0", "decode", *sets, engine_module=NATIVE)
         await start_worker("d1", "decode", *sets, engine_module=NATIVE)
         first, second = await controller.session("d0"), await controller.session("d1")
-        root = first.snapshots[0].worker.identity.digest
-        for key, number in ((1, 0), (2, 1), (3, 2)):
-            first.send(commands.generate(work(key, root, number)))
-            await first.until_finished(key)
-        asker = redis.Redis.from_url(server.url)
-        await first.until(lambda: len(asker.keys("*")) >= 3 * FULL_PAGES)
-        second.send(commands.generate(work(1, root, 0)))
-        await second.until_finished(1)
-        assert second.of("started")[-1].started.cached_tokens == 16 * FULL_PAGES
+        for number in range(6):
+            await answered(first, number)
+        with redis.Redis.from_url(server.url) as asker:
+            await first.until(lambda: len(asker.keys("*")) >= 6 * FULL_PAGES)
+        for number in range(4):  # a good Redis, too, may answer too late on a busy machine, and is then left alone
+            assert await answered(second, number) == first.tokens(number)
+            cached = second.of("started")[-1].started.cached_tokens
+            if cached == 16 * FULL_PAGES:
+                break
+            await fresh_load(second)
+        assert cached == 16 * FULL_PAGES
         server.freeze()
-        second.send(commands.generate(work(2, root, 1)))
-        await second.until_finished(2)
+        assert await answered(second, 4) == first.tokens(4)
         server.thaw()
         server.kill()
-        second.send(commands.generate(work(3, root, 2)))
-        await second.until_finished(3)
-        assert [second.tokens(key) for key in (1, 2, 3)] == [first.tokens(key) for key in (1, 2, 3)]
+        assert await answered(second, 5) == first.tokens(5)
 
 
 async def test_a_redis_that_is_damaged_emptied_full_or_late_changes_no_answer_and_a_counter_tells_it(

@@ -22,7 +22,7 @@ from tests.worker.processes import MODELLED, ROOT, alive, ended
 
 pytestmark = pytest.mark.slow  # real processes
 PROMPT = tuple(range(100, 200))
-ENDED_S = 15.0  # at once, on a busy machine
+ENDED_S = 60.0  # at once, on a busy machine
 
 
 async def test_a_local_generate_streams_all_its_tokens_and_frees_its_blocks(
@@ -43,7 +43,7 @@ async def test_a_step_of_many_requests_is_one_message(controller: ControllerTwin
     await start_worker("d0", "decode", step_ms=5)
     session = await controller.session("d0")
     for key in range(1, 33):
-        session.send(commands.generate(commands.work(key, range(key, key + 20), max_tokens=20)))
+        session.send(commands.generate(commands.work(key, range(key, key + 20), max_tokens=200)))
     await session.until(lambda: all(session.finished(key) for key in range(1, 33)))
     assert max(len(event.tokens.token_ids) for event in session.of("tokens")) == 32
     assert len({event.tokens.step for event in session.of("tokens")}) == len(session.of("tokens"))
@@ -106,7 +106,7 @@ async def test_a_drain_lets_running_work_finish_refuses_new_work_and_ends_the_pr
 ) -> None:
     worker = await start_worker("d0", "decode", step_ms=10)
     session = await controller.session("d0")
-    session.send(commands.generate(commands.work(1, PROMPT, max_tokens=60)))
+    session.send(commands.generate(commands.work(1, PROMPT, max_tokens=300)))
     await session.until(lambda: session.tokens(1))
     worker.terminate()
     await session.until(lambda: session.loads[-1].draining)
@@ -114,7 +114,7 @@ async def test_a_drain_lets_running_work_finish_refuses_new_work_and_ends_the_pr
     await session.until(lambda: session.failures(2))
     assert session.failures(2)[0].reason == "no_capacity"
     await session.until(lambda: session.finished(1))
-    assert len(session.tokens(1)[0]) == 60
+    assert len(session.tokens(1)[0]) == 300
     assert await worker.exit_code() == 0
     assert worker.process.stdout is not None
     async with asyncio.timeout(DEADLINE_S):
@@ -264,7 +264,7 @@ async def test_a_command_that_comes_twice_has_one_effect(controller: ControllerT
     session.send(commands.generate(work))
     await session.until(lambda: session.finished(1))
     assert len(session.tokens(1)[0]) == 30
-    await asyncio.wait_for(session.blocks_free(session.loads[-1].blocks_total), 5)
+    await session.blocks_free(session.loads[-1].blocks_total)
 
 
 async def test_health_says_serving_for_the_worker_and_both_services(
