@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,8 @@ import pytest
 
 from tests.worker.controller_twin import ControllerTwin
 from tests.worker.processes import WorkerProcess
+
+LOG_CHARS = 4000  # of a worker's log, its end
 
 
 class StartWorker(Protocol):
@@ -47,3 +50,4 @@ async def start_worker(controller: ControllerTwin, tmp_path: Path) -> AsyncItera
     yield start
     for worker in started:
         await worker.close()
+        sys.stderr.write(f"{worker.worker_id}: {worker.log.read_text()[-LOG_CHARS:]}\n")  # shown where the test failed
