@@ -225,7 +225,8 @@ class TierIndex:
         entry = self._entries.get(page_id.key)
         if entry is None or entry.state != "ready":
             return None
-        if entry.page.id != page_id:
+        held = entry.page.id
+        if held.fingerprint != page_id.fingerprint or held.tokens != page_id.tokens:
             self._failures["fingerprint"] += 1
             return None
         return entry if entry.expires_s > now_s or entry.held_until_s > now_s else None
