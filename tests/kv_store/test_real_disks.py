@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,34 @@ from kv_store.disk.posix import PosixDisk, posix_mount
 from kv_store.lru import Lru
 from kv_store.tier import TierFailed
 from tests.kv_store.chains import ALIGNED, SMALL, bytes_of, page_of
+from tests.refused_calls import Access, while_refused
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = DiskLimits(capacity_bytes=275_000, segment_bytes=4096 + 4 * 8192)
 
 
-def posix_tier(folder: Path, clock_s: float = 1000.0) -> DiskTier:
-    return DiskTier(posix_mount(folder), SMALL, LIMITS, Lru(), lambda change, pages: None, lambda: clock_s)
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def posix_tier(folder: Path, clock: Callable[[], float] = lambda: 1000.0) -> DiskTier:
+    return DiskTier(posix_mount(folder), SMALL, LIMITS, Lru(), lambda change, pages: None, clock)
+
+
+def store(tier: DiskTier, *numbers: int) -> int:
+    return tier.write([page_of(number) for number in numbers], [bytes_of(number) for number in numbers])
+
+
+def load(tier: DiskTier, *numbers: int) -> int:
+    """How many were read; those are compared byte by byte."""
+    into = [SMALL.empty() for _ in numbers]
+    good = tier.read([page_of(number).id for number in numbers], into)
+    assert all((into[at] == bytes_of(numbers[at])).all() for at in range(good))
+    return good
 
 
 def test_a_file_in_place_of_the_directory_turns_the_tier_off(tmp_path: Path) -> None:
@@ -164,6 +186,64 @@ def test_a_real_file_system_without_room_turns_stores_off_and_is_left_as_it_was(
         assert (tier.counters.failures, tier.counters.dropped) == (1, 2)
         assert sum(path.stat().st_blocks for path in Path(folder).rglob("*")) < 100
         tier.close()
+
+
+@pytest.mark.parametrize("access", ["write", "sync"])
+def test_stores_that_the_kernel_answers_with_an_input_output_error_pause_and_reads_go_on(
+    tmp_path: Path, access: Access
+) -> None:
+    """A system call returns EIO, as one of a broken disk would, to the thread that stores."""
+    clock = Clock()
+    tier = posix_tier(tmp_path, clock)
+    assert store(tier, 0, 1, 2, 3) == 4  # the segment is full: the next page needs a new one
+    for failures, pause_s in ((1, 1.0), (2, 2.0)):
+        with pytest.raises(TierFailed) as failed:
+            while_refused(access, lambda: store(tier, 4, 5))
+        assert isinstance(failed.value.__cause__, OSError)
+        assert failed.value.__cause__.errno == errno.EIO
+        assert (store(tier, 4), load(tier, 0, 1, 2, 3), tier.counters.failures) == (0, 4, failures)
+        clock.now_s += pause_s
+    assert (tier.counters.stored, tier.counters.dropped) == (4, 6)
+    assert store(tier, 4, 5) == 2
+    assert load(tier, 4, 5) == 2
+    tier.close()
+    again = posix_tier(tmp_path)
+    assert (load(again, 0, 1, 2, 3), load(again, 4, 5), again.counters.verify_failures.total()) == (4, 2, 0)
+    again.close()
+
+
+def test_a_page_that_the_kernel_answers_with_an_input_output_error_is_dropped_and_the_others_return(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    tier = posix_tier(tmp_path, clock)
+    assert store(tier, 0, 1, 2, 3) == 4
+    with pytest.raises(TierFailed) as failed:
+        while_refused("read", lambda: load(tier, 2, 3))
+    assert isinstance(failed.value.__cause__, OSError)
+    assert failed.value.__cause__.errno == errno.EIO
+    assert (load(tier, 0), tier.present([page_of(0).id]), tier.counters.failures) == (0, 0, 1)
+    used_bytes = tier.used_bytes()
+    clock.now_s += 1.0
+    assert (load(tier, 0, 1), load(tier, 2), load(tier, 3)) == (2, 0, 1)
+    assert store(tier, 2) == 1
+    assert (load(tier, 2), tier.used_bytes(), tier.counters.verify_failures.total()) == (1, used_bytes // 3 * 4, 0)
+    tier.close()
+
+
+def test_a_disk_that_answers_with_an_input_output_error_at_the_start_is_tried_again_and_then_has_its_pages(
+    tmp_path: Path,
+) -> None:
+    before = posix_tier(tmp_path)
+    assert store(before, 0, 1) == 2
+    before.close()
+    clock = Clock()
+    tier = while_refused("read", lambda: posix_tier(tmp_path, clock))
+    assert (tier.counters.failures, load(tier, 0), store(tier, 4)) == (1, 0, 0)
+    clock.now_s += 1.0
+    assert store(tier, 4) == 1
+    assert (load(tier, 0, 1), load(tier, 4), tier.counters.verify_failures.total()) == (2, 1, 0)
+    tier.close()
 
 
 def test_a_probe_leaves_nothing_behind_and_tells_what_the_file_system_takes(tmp_path: Path) -> None:
