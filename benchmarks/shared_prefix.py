@@ -19,7 +19,7 @@ from benchmarks.engine_driver import EngineDriver
 from benchmarks.random_model import LLAMA_100M, write_random_llama
 from benchmarks.report import Measurement, Mode, Result, compare, result
 from engine.attention_plan import Cut, Reader, plan
-from engine.kernel_attention import task_arrays
+from engine.kernel_attention import ReaderBlocks, task_arrays
 from engine.kernels.library import AttentionTasks, Kernels, load_kernels
 
 PAGE, HEADS, KV_HEADS, DIM = 16, 12, 4, 64
@@ -43,7 +43,8 @@ def readers_of(prefix: int, batch: int) -> list[Reader]:
 def tasks_of(kernels: Kernels, readers: Sequence[Reader], *, share: bool) -> AttentionTasks:
     ends = torch.tensor([reader.first + 1 for reader in readers], dtype=torch.int32)
     units = -(-2 * torch.get_num_threads() // KV_HEADS)
-    return task_arrays(plan(readers, Cut(kernels.chunk, PAGE, 0, units, share)), readers, torch.zeros_like(ends), ends)
+    tasks = plan(readers, Cut(kernels.chunk, PAGE, 0, units, share))
+    return task_arrays(tasks, ReaderBlocks.of(readers), torch.zeros_like(ends), ends)
 
 
 def alternate(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:

@@ -19,7 +19,7 @@ import torch
 from engine.attention import Partial
 from engine.decoder import Decoder
 from engine.paged_attention import PagedAttention, PagedPool
-from engine.step_batch import StepBatch, block_ids
+from engine.step_batch import StepBatch
 from engine.torch_attention import TorchAttention
 from service_kit.logs import get_logger
 
@@ -68,7 +68,7 @@ class StepSequences:
     def of(cls, batch: StepBatch) -> StepSequences:
         counts = np.array([part.count for part in batch.parts])
         lengths = np.array([part.sequence.computed + part.count for part in batch.parts])
-        return cls(counts, lengths, tuple(block_ids(part) for part in batch.parts))
+        return cls(counts, lengths, tuple(map(batch.blocks.of, range(len(batch.parts)))))
 
 
 class VarlenAttention:

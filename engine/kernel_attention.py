@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from engine.attention_plan import Cut, Reader, TaskList, plan
+from engine.block_lines import PlacedBlocks
 from engine.kernels.library import AttentionTasks, Kernels
 from engine.paged_attention import PagedPool
-from engine.step_batch import StepBatch, block_ids
+from engine.step_batch import StepBatch
 
 
 class KernelAttention:
@@ -21,22 +23,52 @@ class KernelAttention:
         self._kernels = kernels
         self._windows = tuple(windows)
         self._share = share
+        self._planned: _Planned | None = None  # for the last step
 
     def step(self, batch: StepBatch) -> KernelStepAttention:
-        readers = [
-            Reader(start, part.count, part.sequence.computed, block_ids(part))
-            for part, start in zip(batch.parts, batch.starts, strict=True)
-        ]
-        ends = batch.positions.to(torch.int32) + 1
-        by_window = {window: self._tasks(readers, ends, window) for window in set(self._windows)}
-        tasks = [by_window[window] for window in self._windows]
-        return KernelStepAttention(self._pool, self._kernels, batch.slots, tasks)
+        positions = batch.positions.numpy()
+        planned = self._planned
+        if planned is None or planned.blocks is not batch.blocks or positions[0] >= planned.first_until:
+            planned = self._planned = self._plan(batch, positions)
+        planned.move(positions)
+        return KernelStepAttention(self._pool, self._kernels, batch.slots, planned.tasks)
 
-    def _tasks(self, readers: Sequence[Reader], ends: torch.Tensor, window: int) -> AttentionTasks:
+    def _plan(self, batch: StepBatch, positions: np.ndarray) -> _Planned:
+        readers = [
+            Reader(start, part.count, part.sequence.computed, batch.blocks.of(ordinal))
+            for ordinal, (part, start) in enumerate(zip(batch.parts, batch.starts, strict=True))
+        ]
+        by_window = {window: self._tasks(batch, readers, window) for window in set(self._windows)}
+        borders = np.concatenate([positions, *(positions + 1 - window for window in by_window if window)])
+        steps = self._kernels.chunk - int((borders % self._kernels.chunk).max())
+        moved = [(window, tasks.begins.numpy(), tasks.ends.numpy()) for window, tasks in by_window.items()]
+        tasks = [by_window[window] for window in self._windows]
+        return _Planned(batch.blocks, int(positions[0]) + steps, tasks, moved)
+
+    def _tasks(self, batch: StepBatch, readers: Sequence[Reader], window: int) -> AttentionTasks:
         units = -(-2 * torch.get_num_threads() // self._pool.kv_heads)
         cut = Cut(self._kernels.chunk, self._pool.page_tokens, window, units, self._share)
-        begins = (ends - window).clamp_(min=0) if window else torch.zeros_like(ends)
-        return task_arrays(plan(readers, cut), readers, begins, ends)
+        begins, ends = torch.zeros(2, len(batch.positions), dtype=torch.int32)
+        blocks = ReaderBlocks(torch.from_numpy(batch.blocks.table), batch.blocks.starts)
+        return task_arrays(plan(readers, cut), blocks, begins, ends)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Planned:
+    """The tasks of a step, per layer. They hold in the next ones over the same `blocks`, all of whose rows go on together, until
+    one of these comes to a chunk that it did not see, or leaves one behind: when the first row is at `first_until`."""
+
+    blocks: PlacedBlocks
+    first_until: int
+    tasks: list[AttentionTasks]
+    seen: list[tuple[int, np.ndarray, np.ndarray]]  # window, begins and ends: those of the tasks
+
+    def move(self, positions: np.ndarray) -> None:
+        """To rows at `positions`, in place."""
+        for window, begins, ends in self.seen:
+            np.add(positions, 1, out=ends, casting="same_kind")
+            if window:
+                np.maximum(ends - window, 0, out=begins)
 
 
 class KernelStepAttention:
@@ -53,21 +85,34 @@ class KernelStepAttention:
         return self._kernels.attention(query, self._pool.layers[layer], self._tasks[layer])
 
 
-def task_arrays(tasks: TaskList, readers: Sequence[Reader], begins: torch.Tensor, ends: torch.Tensor) -> AttentionTasks:
+@dataclass(frozen=True, slots=True)
+class ReaderBlocks:
+    """The blocks of reader i begin at `blocks[starts[i]]`."""
+
+    blocks: torch.Tensor  # int32, of any shape
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, readers: Sequence[Reader]) -> ReaderBlocks:
+        """One behind the other."""
+        counts = [len(reader.blocks) for reader in readers]
+        return cls(_int32(np.concatenate([reader.blocks for reader in readers])), np.cumsum(counts) - counts)
+
+
+def task_arrays(tasks: TaskList, blocks: ReaderBlocks, begins: torch.Tensor, ends: torch.Tensor) -> AttentionTasks:
     """begins, ends: int32 [rows], the positions that each row sees."""
-    block_starts = np.cumsum([0, *(len(reader.blocks) for reader in readers[:-1])])
-    slot_starts, slots, merged_rows, merged_starts = _slots(tasks, readers)
+    slot_starts, slots, merged_rows, merged_starts = _slots(tasks)
     rows_before = np.cumsum([0, *tasks.counts[:-1]])
     return AttentionTasks(
         begins=begins,
         ends=ends,
         task_rows=_int32(rows_before),
         task_counts=_int32(tasks.counts),
-        task_blocks=_int32(block_starts[tasks.readers]),
+        task_blocks=_int32(blocks.starts[tasks.readers]),
         task_chunks=_int32(tasks.chunks),
         task_slots=_int32(slot_starts),
         rows=_int32(np.concatenate(tasks.rows)),
-        blocks=_int32(np.concatenate([reader.blocks for reader in readers])),
+        blocks=blocks.blocks,
         slots=_int32(slots),
         merged_rows=_int32(merged_rows),
         merged_starts=_int32(merged_starts),
@@ -75,7 +120,7 @@ def task_arrays(tasks: TaskList, readers: Sequence[Reader], begins: torch.Tensor
     )
 
 
-def _slots(tasks: TaskList, readers: Sequence[Reader]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+def _slots(tasks: TaskList) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
     """A slot for every row of every merged task; those of one row lie together, in the order of their chunks.
 
     Returns (per task its start in the slots or -1, the slots, the merged rows, per merged row its first slot and the end).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
 from typing import assert_never
 
 import torch
@@ -47,7 +46,7 @@ from engine.protocol import (
 from engine.refusals import Doorkeeper
 from engine.schedule import Part, Schedule
 from engine.sequences import Sequence
-from engine.step_batch import build
+from engine.step_batch import StepBatch, StepBuffers
 from engine.token_growth import token_growth
 from engine.torch_attention import TorchAttention
 from kv_transfer.keys import fingerprint_seed
@@ -81,7 +80,9 @@ class NativeEngine:
         attention = _attention(model, memory, engine)
         graphs = cuda_graphs(model.decoder) if engine.cuda_graphs else None
         self._forward = ForwardPass(model.decoder, attention, graphs)
-        self._aloft = ForwardPass(model.decoder, attention)  # the buffers of graphs belong to the decodes
+        self._buffers = StepBuffers(layout.page_tokens, model.device)
+        self._aloft = ForwardPass(model.decoder, attention)  # the buffers, of graphs too, belong to the decodes
+        self._aloft_buffers = StepBuffers(layout.page_tokens, model.device)
         self._flights = Flights(lane, self._schedule)
         self._announcer = Announcer(self._tables, memory, model.spec.layers, sink)
         self._outcomes = Outcomes(model, self._tables, self._desk, sink)
@@ -171,7 +172,9 @@ class NativeEngine:
             self._memory.settle()  # nothing is left to copy beside
         self._exchange.tell()
         self._sink.flush()
-        return not plan.empty or bool(plan.admitted) or blending or landed
+        storing = self._tables.store_some()  # after the tokens are out
+        self._exchange.tell()
+        return not plan.empty or bool(plan.admitted) or blending or landed or storing
 
     def load(self) -> Load:
         schedule, pool = self._schedule, self._tables.pool
@@ -229,14 +232,13 @@ class NativeEngine:
     def _compute(self, parts: list[Part], copies: list[BlockCopy]) -> None:
         start_s = time.perf_counter()
         copy_blocks(self._memory.pool, copies)
-        computed = self._computed(self._forward, parts, self._announcer.of(parts))
+        computed = self._computed(self._forward, self._buffers.build(parts), self._announcer.of(parts))
         self._follow(computed)
         step_ms = _since_ms(start_s)
         self._measure_step(step_ms)
         self._measure_prompts(step_ms, sum(part.count for part in parts if part.count > 1))
 
-    def _computed(self, forward: ForwardPass, parts: Iterable[Part], announcements: list[Announcement]) -> Computed:
-        batch = build(tuple(parts), self._tables.page_tokens, self._model.device)
+    def _computed(self, forward: ForwardPass, batch: StepBatch, announcements: list[Announcement]) -> Computed:
         return Computed(batch, forward.run(batch, lambda layer: self._announcer.tell(layer, announcements)))
 
     def _follow(self, computed: Computed) -> None:
@@ -265,7 +267,9 @@ class NativeEngine:
             return parts
         self._memory.settle()  # from here to the landing only what the flight makes is announced
         announcements = self._announcer.of(boarding)
-        self._flights.take_off(boarding, lambda: self._computed(self._aloft, boarding, announcements))
+        self._flights.take_off(
+            boarding, lambda: self._computed(self._aloft, self._aloft_buffers.build(boarding), announcements)
+        )
         return [part for part in parts if part.sequence.decodes]
 
     def _land(self) -> None:

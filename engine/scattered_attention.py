@@ -14,7 +14,7 @@ import torch
 
 from engine.attention import attend_masked
 from engine.attention_plan import MOST_SHARED_ROWS, Reader, TaskList
-from engine.kernel_attention import task_arrays
+from engine.kernel_attention import ReaderBlocks, task_arrays
 from engine.kernels.library import AttentionTasks, Kernels
 from engine.paged_attention import PagedPool
 from engine.torch_attention import visible
@@ -93,7 +93,7 @@ class KernelScatteredRows:
         tasks, few = TaskList(), self._reader.count <= MOST_SHARED_ROWS and end > first + 1
         for chunks in [(chunk, chunk + 1) for chunk in range(first, end)] if few else [(first, end)]:
             tasks.add([self._reader], (0,), chunks, merged=few)  # few rows keep all threads busy chunk by chunk
-        return task_arrays(tasks, [self._reader], begins, self._ends)
+        return task_arrays(tasks, ReaderBlocks.of([self._reader]), begins, self._ends)
 
 
 class TorchScattered:

@@ -10,8 +10,7 @@ import torch
 
 from engine.attention import attend_all, attend_causal, attend_masked, attend_rows, merge
 from engine.paged_attention import PagedPool
-from engine.schedule import Part
-from engine.step_batch import StepBatch, block_ids
+from engine.step_batch import StepBatch
 
 _MAX_PADDING = 2  # rows whose page counts differ by more than this factor are attended in separate calls
 _LEAST_PAGES = 8
@@ -45,11 +44,8 @@ class TorchAttention:
 
     def step(self, batch: StepBatch) -> TorchStepAttention:
         pool = self._pool
-        singles = [part for part in batch.parts if part.count == 1]
-        spans = [
-            _span(part, start, pool) for part, start in zip(batch.parts, batch.starts, strict=True) if part.count > 1
-        ]
-        return TorchStepAttention(pool, self._windows, batch.slots, _groups(singles, pool), spans)
+        spans = [_span(batch, ordinal, pool) for ordinal, part in enumerate(batch.parts) if part.count > 1]
+        return TorchStepAttention(pool, self._windows, batch.slots, _groups(batch, pool), spans)
 
 
 class TorchStepAttention:
@@ -128,30 +124,30 @@ def visible(ends: torch.Tensor, window: int, count: int, dtype: torch.dtype) -> 
     return torch.zeros(len(ends), count, dtype=dtype, device=ends.device).masked_fill_(hidden, float("-inf"))
 
 
-def _span(part: Part, start: int, pool: PagedPool) -> Span:
+def _span(batch: StepBatch, ordinal: int, pool: PagedPool) -> Span:
+    part = batch.parts[ordinal]
     past = part.sequence.computed
-    blocks = block_ids(part).astype(np.int64)
-    return Span(start, part.count, past, torch.from_numpy(blocks).to(pool.device))
+    pages = -(-(past + part.count) // pool.page_tokens)
+    blocks = batch.blocks.of(ordinal)[:pages].astype(np.int64)
+    return Span(batch.starts[ordinal], part.count, past, torch.from_numpy(blocks).to(pool.device))
 
 
-def _groups(parts: Sequence[Part], pool: PagedPool) -> list[RowGroup]:
+def _groups(batch: StepBatch, pool: PagedPool) -> list[RowGroup]:
     """Rows by length, so that padding to the longest of a group at most doubles what is read."""
-    pages = [part.sequence.computed // pool.page_tokens + 1 for part in parts]
-    by_length = sorted(range(len(parts)), key=lambda row: pages[row])
+    lengths = np.array([part.sequence.computed + 1 for part in batch.parts if part.count == 1], dtype=np.int64)
+    pages = -(-lengths // pool.page_tokens)
     groups: list[list[int]] = []
-    for row in by_length:
+    for row in np.argsort(pages, kind="stable").tolist():
         if not groups or pages[row] > max(_LEAST_PAGES, _MAX_PADDING * pages[groups[-1][0]]):
             groups.append([])
         groups[-1].append(row)
-    return [_group(rows, [parts[row] for row in rows], pages[rows[-1]], pool) for rows in groups]
+    return [_group(np.array(rows), lengths, pages, batch, pool) for rows in groups]
 
 
-def _group(rows: list[int], parts: Sequence[Part], pages: int, pool: PagedPool) -> RowGroup:
-    blocks = np.empty((len(rows), pages), dtype=np.int64)
-    for line, part in zip(blocks, parts, strict=True):
-        ids = block_ids(part)[:pages]
-        line[: len(ids)] = ids
-        line[len(ids) :] = ids[0]  # masked, but never another prompt's
-    lengths = np.array([part.sequence.computed + 1 for part in parts])
-    columns = (np.array(rows), blocks, lengths)
+def _group(rows: np.ndarray, lengths: np.ndarray, pages: np.ndarray, batch: StepBatch, pool: PagedPool) -> RowGroup:
+    most = int(pages[rows].max())
+    blocks = batch.blocks.table[batch.blocks.lines[rows], :most].astype(np.int64)
+    behind = np.arange(most) >= pages[rows, None]
+    blocks = np.where(behind, blocks[:, :1], blocks)  # masked, but never another prompt's
+    columns = (rows, blocks, lengths[rows])
     return RowGroup(*(torch.from_numpy(each).to(pool.device) for each in columns))

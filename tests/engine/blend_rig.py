@@ -25,7 +25,7 @@ from engine.scattered_attention import open_scattered
 from engine.schedule import Part
 from engine.sequences import DispatchState
 from engine.sequences import Sequence as TokenSequence
-from engine.step_batch import build
+from engine.step_batch import StepBuffers
 from engine.torch_attention import TorchAttention
 from service_kit.config import EngineConfig, ModelConfig
 from tests.engine.rig import MIB, work
@@ -81,7 +81,7 @@ class BlendRig:
         chain = KeyChain(PAGE, b"", 0)
         table = Table(array("i", self.blocks(len(token_ids)).tolist()), chain)
         part = Part(TokenSequence(state, (0,), array("i", token_ids), chain, table), count)
-        batch = build([part], PAGE, self.model.device)
+        batch = StepBuffers(PAGE, self.model.device).build([part])
         with torch.inference_mode():
             return ForwardPass(self.model.decoder, self._attention()).run(batch, lambda layer: None)
 

@@ -20,7 +20,7 @@ from engine.forward import ForwardPass
 from engine.model_spec import ModelSpec
 from engine.operations import TorchOperations
 from engine.paged_attention import PagedAttention
-from engine.step_batch import StepBatch, build
+from engine.step_batch import StepBatch, StepBuffers
 from engine.torch_attention import TorchAttention
 from engine.weights import WeightReader
 from tests.engine.rig import families, generate, open_native, sampling, save_random, work
@@ -54,7 +54,7 @@ class Shadow:
 
     def run(self, batch: StepBatch, layer_written: Callable[[int], None]) -> torch.Tensor:
         with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False):
-            moved = build(batch.parts, self._page_tokens, ELSEWHERE)
+            moved = StepBuffers(self._page_tokens, ELSEWHERE).build(batch.parts)
             hidden = self._elsewhere.run(moved, lambda layer: None)
             logits = self._elsewhere._decoder.head(hidden[:1])
         assert hidden.device == logits.device == ELSEWHERE

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from engine.block_lines import PlacedBlocks
 from engine.cuda_graphs import BUCKETS, Capture, DecodeGraphs, EagerPieces, GraphLimits
 from engine.forward import ForwardPass
 from engine.loaded_model import LoadedModel, load_model
@@ -68,7 +70,9 @@ def decodes(model: LoadedModel, rows: int, seed: int) -> StepBatch:
     positions = torch.randint(0, 900, (rows,), generator=generator)
     token_ids = torch.randint(0, model.spec.vocab, (rows,), generator=generator)
     none: tuple[object, ...] = (None,) * rows
-    return StepBatch(none, tuple(range(rows)), token_ids, positions, positions, int(positions.max()))  # type: ignore[arg-type]
+    blocks = PlacedBlocks(np.zeros((rows, 64), dtype=np.int32), np.arange(rows))
+    highest = int(positions.max())
+    return StepBatch(none, tuple(range(rows)), token_ids, positions, positions, highest, blocks)  # type: ignore[arg-type]
 
 
 def attended(model: LoadedModel, rows: int, layer: int) -> torch.Tensor:

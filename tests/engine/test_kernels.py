@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.attention_plan import Cut, Reader, plan
-from engine.kernel_attention import task_arrays
+from engine.kernel_attention import ReaderBlocks, task_arrays
 from engine.kernels.build import INSTRUCTION_SETS, build, compiler
 from engine.kernels.library import Kernels, load_kernels
 
@@ -206,7 +206,7 @@ def tree(source: random.Random, kernels: Kernels, dim: int = 32, dtype: torch.dt
 def attended(kernels: Kernels, one: Tree, *, share: bool = True, window: int = 0, units: int = 1) -> torch.Tensor:
     tasks = plan(one.readers, Cut(kernels.chunk, PAGE, window, units, share))
     begins = (one.ends - window).clamp_(min=0) if window else torch.zeros_like(one.ends)
-    return kernels.attention(one.query, one.pool, task_arrays(tasks, one.readers, begins, one.ends))
+    return kernels.attention(one.query, one.pool, task_arrays(tasks, ReaderBlocks.of(one.readers), begins, one.ends))
 
 
 def exact(one: Tree, window: int = 0) -> torch.Tensor:
@@ -303,7 +303,7 @@ def test_threads_have_even_work_however_many_rows_share_a_prefix(kernels: Kernel
     torch.set_num_threads(threads)
     try:
         tasks = plan(readers, Cut(kernels.chunk, PAGE, 0, -(-2 * threads // 4)))
-        arrays = task_arrays(tasks, readers, torch.zeros_like(ends), ends)
+        arrays = task_arrays(tasks, ReaderBlocks.of(readers), torch.zeros_like(ends), ends)
         assert kernels.unevenness(query, pool, arrays) < 1.15
     finally:
         torch.set_num_threads(before)
@@ -338,7 +338,7 @@ def test_a_row_that_sees_no_key_is_zero_beside_rows_that_do_and_alone(kernels: K
     for units in (1, 100):
         tasks = plan(one.readers, Cut(kernels.chunk, PAGE, 0, units))
         assert any(tasks.merged) == (units > 1)
-        got = kernels.attention(one.query, pool, task_arrays(tasks, one.readers, begins, ends))
+        got = kernels.attention(one.query, pool, task_arrays(tasks, ReaderBlocks.of(one.readers), begins, ends))
         assert not got[0].any()
         assert got[1].isfinite().all()
         torch.testing.assert_close(got[2].double(), wanted[2], atol=1e-5, rtol=1e-5)

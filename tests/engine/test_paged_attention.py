@@ -15,7 +15,7 @@ from engine.paged_attention import PagedAttention, PagedPool
 from engine.prefix_index import KeyChain
 from engine.schedule import Part
 from engine.sequences import DispatchState, Sequence
-from engine.step_batch import build
+from engine.step_batch import StepBuffers
 from engine.torch_attention import TorchAttention
 from tests.engine.rig import work
 
@@ -79,7 +79,7 @@ def test_attention_is_that_of_float64_over_what_the_pool_holds(maker: Maker, dty
     step_parts = parts()
     pool = torch.randn(2, 200, 2, PAGE, KV_HEADS, DIM).to(dtype)
     poison_behind(pool, step_parts)
-    batch = build(step_parts, PAGE, torch.device("cpu"))
+    batch = StepBuffers(PAGE, torch.device("cpu")).build(step_parts)
     rows = len(batch.positions)
     query, key, value = (torch.randn(rows, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     value *= 300  # beyond what float8 holds

@@ -27,7 +27,7 @@ from engine.protocol import (
     WorkFailed,
 )
 from engine.refusals import Doorkeeper
-from engine.schedule import Schedule, StepPlan
+from engine.schedule import Part, Schedule, StepPlan
 from engine.sequences import DispatchState, Sequence
 from pdserve.errors import NoCapacity
 from tests.engine.rig import Recorder, sampling, work
@@ -70,6 +70,9 @@ class Storm:
 
     # ---- the engine
 
+    def compute(self, parts: list[Part]) -> None:
+        """What other tests check in every step."""
+
     def step(self) -> StepPlan:
         oldest = min((one for one in self.schedule.running if one.preemptable), key=lambda one: one.age, default=None)
         plan = self.schedule.plan()
@@ -84,6 +87,7 @@ class Storm:
             for place in range(PAGE):
                 if (copy.source, place) in self.places:
                     self.places[copy.target, place] = self.places[copy.source, place]
+        self.compute(plan.parts)
         for part in plan.parts:
             assert part.sequence.table is not None, "a preempted sequence must not stay in the plan"
             self.check(part.sequence.table, part.sequence.tokens, part.sequence.computed)
