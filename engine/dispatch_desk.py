@@ -7,7 +7,7 @@ and source lease at a source (`engine.sequences` draws the phases).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from engine.block_tables import BlockTables, Table
 from engine.prefix_index import KeyChain
@@ -130,10 +130,8 @@ class DispatchDesk:
             compute_us = int((self._clock() - state.started_s) * 1e6)
             self._sink.emit(PrefillDone(state.dispatch, tuple(first_tokens.items()), compute_us))
         else:
-            for choice, token_id in first_tokens.items():
-                self._fork(state, choice, token_id, sequence.table)
             state.sequences.remove(sequence)
-            self._schedule.remove(sequence)
+            self._decode_on(state, first_tokens, self._schedule.withdraw(sequence))
         self._settle(state)
 
     def end_choices(self, state: DispatchState, choices: tuple[int, ...]) -> None:
@@ -190,24 +188,29 @@ class DispatchDesk:
         table = state.table
         assert table is not None
         absorb(table.blocks[table.stored :].tolist())
-        tokens = _tokens(state.work)
-        self._tables.store(table, tokens, len(tokens))
         state.phase = "active"
+        state.table = None
         state.started_s = self._clock()
         going_on = dict(command.first_tokens)
         state.choices.intersection_update(going_on)
-        for choice in sorted(state.choices):
-            self._fork(state, choice, going_on[choice], table)
-        self._close_own_table(state)
+        self._decode_on(state, {choice: going_on[choice] for choice in sorted(state.choices)}, table)
 
-    def _fork(self, state: DispatchState, choice: int, token_id: int, source: Table | None) -> None:
-        """A sequence that decodes on from `token_id` over the KV of the work in `source`, copy-on-write."""
-        assert source is not None
-        table = self._tables.fork(source)
+    def _decode_on(self, state: DispatchState, first_tokens: Mapping[int, int], table: Table) -> None:
+        """A sequence per choice, over the KV of the work in `table`, copy-on-write. The last of them takes `table` itself."""
         tokens = _tokens(state.work)
-        computed = len(tokens)
-        tokens.append(token_id)
-        sequence = Sequence(state, (choice,), tokens, table.chain, table, computed)
+        if len(first_tokens) == 1:
+            self._tables.store_later(table, tokens, len(tokens))  # its second token is waited for
+        else:
+            self._tables.store(table, tokens, len(tokens))
+        for ordinal, (choice, token_id) in enumerate(first_tokens.items(), 1):
+            own = table if ordinal == len(first_tokens) else self._tables.fork(table)
+            self._enter(state, choice, tokens + array("i", (token_id,)), own)
+        if not first_tokens:
+            self._tables.close(table)
+
+    def _enter(self, state: DispatchState, choice: int, tokens: array[int], table: Table) -> None:
+        """All of `tokens` but the last are in the KV of `table`."""
+        sequence = Sequence(state, (choice,), tokens, table.chain, table, len(tokens) - 1)
         state.sequences.append(sequence)
         self._schedule.enter(sequence)
 

@@ -56,7 +56,10 @@ class Outcomes:
             if sequence.table is None:
                 continue
             sequence.computed += part.count
-            self._tables.store(sequence.table, sequence.tokens, sequence.computed)
+            if part.count == 1:
+                self._tables.store_later(sequence.table, sequence.tokens, sequence.computed)
+            else:
+                self._tables.store(sequence.table, sequence.tokens, sequence.computed)
             if not sequence.missing:
                 drawing.append(ordinal)
         return drawing

@@ -7,7 +7,7 @@ those before them. Both are compared on every hit: a collision or a mix-up of ke
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
 
@@ -55,10 +55,17 @@ class KeyChain:
 
     def pages(self, tokens: array[int], count: int) -> list[PageKey]:
         """Keys of the first `count` pages, all full, of `tokens` (int32); none where the chain has no root."""
-        while self._given and len(self._pages) < count:
-            start = len(self._pages) * self._page_tokens
-            self._pages.append(self._next(tokens[start : start + self._page_tokens].tobytes()))
+        for _ in self.walk(tokens, count, len(self._pages)):
+            pass
         return self._pages[:count]
+
+    def walk(self, tokens: array[int], count: int, first: int = 0) -> Iterator[PageKey]:
+        """As `pages`, from page `first` on, each made when it is asked for."""
+        for ordinal in range(first, count if self._given else 0):
+            if ordinal == len(self._pages):
+                start = ordinal * self._page_tokens
+                self._pages.append(self._next(tokens[start : start + self._page_tokens].tobytes()))
+            yield self._pages[ordinal]
 
     def _next(self, page: bytes) -> PageKey:
         units = self._page_tokens // HASH_UNIT_TOKENS * HASH_BYTES
@@ -118,8 +125,8 @@ class PrefixIndex:
         del self._blocks[page.key]
         return page.unit_keys
 
-    def lookup(self, pages: Sequence[PageKey]) -> list[int]:
-        """Blocks of the longest indexed prefix of `pages`."""
+    def lookup(self, pages: Iterable[PageKey]) -> list[int]:
+        """Blocks of the longest indexed prefix of `pages`, of which no more are asked for than the first that is not there."""
         blocks: list[int] = []
         for page in pages:
             block = self._blocks.get(page.key, -1)

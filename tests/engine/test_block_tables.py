@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.block_tables import BlockTables, Table
+from engine.block_tables import STORED_AT_ONCE, BlockTables, Table
 from engine.pool import BlockPool, PoolExhausted
 from engine.prefix_index import KeyChain, PrefixIndex
 from engine.protocol import KvEvicted, KvStored
@@ -158,6 +158,42 @@ def test_a_table_that_would_eat_the_head_room_is_not_opened() -> None:
     assert tables.open(tokens, chain(tokens), 0, 1) is not None
 
 
+def test_pages_that_can_wait_are_stored_a_few_at_a_time_and_what_is_left_when_their_table_closes() -> None:
+    pages = 2 * STORED_AT_ONCE + 5
+    tables = BlockTables(BlockPool(pages), 16)
+    tokens = array("i", range(16 * pages))
+    table = tables.open(tokens, chain(tokens), 0, 0)
+    assert table is not None
+    tables.store_later(table, tokens, len(tokens))
+    told = [stored_pages(tables)]
+    assert tables.store_some()
+    told.append(stored_pages(tables))
+    tables.close(table)
+    told.append(stored_pages(tables))
+    assert told == [0, STORED_AT_ONCE, pages - STORED_AT_ONCE]
+    assert not tables.store_some()
+    again = tables.open(tokens, chain(tokens), len(tokens), 0)
+    assert again is not None
+    assert again.stored == pages
+
+
+def test_a_lookup_makes_no_keys_beyond_the_first_page_that_is_not_there() -> None:
+    tables = BlockTables(BlockPool(20), 16)
+    tokens = array("i", range(160))
+    first = tables.open(tokens[:48], chain(tokens), 0, 0)
+    assert first is not None
+    tables.store(first, tokens, 48)
+    second = tables.open(tokens, chain(tokens), 160, 0)
+    assert second is not None
+    assert second.stored == 3
+    assert len(second.chain._pages) == 4
+
+
+def stored_pages(tables: BlockTables) -> int:
+    """Told since the last call."""
+    return sum(len(news.block_hashes) // HASH_BYTES for news in tables.take_news() if isinstance(news, KvStored))
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Random tables over a small pool, with the content of each block kept beside it."""
 
@@ -178,8 +214,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.tables.saved([block, 11])  # unknown blocks change nothing, unless they are on offer
         self.offered.pop(11, None)
 
-    @rule(prompt=st.integers(0, 2), length=st.integers(1, 70), computed=st.integers(0, 70))
-    def open(self, prompt: int, length: int, computed: int) -> None:
+    @rule()
+    def store_some(self) -> None:
+        self.tables.store_some()
+
+    @rule(prompt=st.integers(0, 2), length=st.integers(1, 70), computed=st.integers(0, 70), later=st.booleans())
+    def open(self, prompt: int, length: int, computed: int, later: bool) -> None:
         tokens = array("i", range(prompt * 1000, prompt * 1000 + length))
         table = self.tables.open(tokens, chain(tokens), length - 1, 0)
         if table is None:
@@ -189,7 +229,8 @@ class AnyOrder(RuleBasedStateMachine):
         done = max(table.stored * 16, min(computed, length))
         for page in range(table.stored, len(table.blocks)):
             self.content[table.blocks[page]] = tuple(tokens[page * 16 : min(page * 16 + 16, done)])
-        self.tables.store(table, tokens, done)
+        store = self.tables.store_later if later else self.tables.store
+        store(table, tokens, done)
         self.live.append((table, tokens, done))
 
     @precondition(lambda self: self.live)

@@ -12,6 +12,7 @@ from engine.protocol import (
     Dispatch,
     Freed,
     KvReady,
+    KvStored,
     PrefillDone,
     ReleaseSource,
     ReserveBlocks,
@@ -20,6 +21,7 @@ from engine.protocol import (
     StepTokens,
     Submit,
 )
+from kv_transfer.keys import HASH_BYTES
 from tests.engine.rig import (
     PROMPT,
     Recorder,
@@ -76,7 +78,7 @@ def test_prefill_here_and_decode_there_equal_one_engine(model_dir: Path, length:
         engine.close()
 
 
-@pytest.mark.parametrize(("prefix_reuse", "keyed"), [(True, 600 // 16), (False, 0)])
+@pytest.mark.parametrize(("prefix_reuse", "keyed"), [(True, 1), (False, 0)])
 def test_a_grant_waits_for_no_keys_but_those_that_are_looked_up(
     model_dir: Path, prefix_reuse: bool, keyed: int
 ) -> None:
@@ -88,6 +90,22 @@ def test_a_grant_waits_for_no_keys_but_those_that_are_looked_up(
     assert table is not None
     assert len(table.chain._pages) == keyed
     engine.close()
+
+
+def test_the_pages_of_what_was_handed_over_enter_the_index_after_the_second_token(model_dir: Path) -> None:
+    source, announced = open_native(model_dir, {})
+    target, received = open_native(model_dir, {})
+    one = work(1, PROMPT, sampling(20))
+    target.handle(ReserveBlocks(one, 10_000))
+    finish(source, Submit(one, "prefill"))
+    hand_off(source, announced, target, received, 1)
+    finish(target)
+    kinds = [type(event) for event in received.events if isinstance(event, StepTokens | KvStored)]
+    assert kinds[:2] == [StepTokens, KvStored]
+    (first, *_) = received.of(KvStored)
+    assert len(first.block_hashes) == len(PROMPT) // 16 * HASH_BYTES
+    for engine in (source, target):
+        engine.close()
 
 
 def test_kv_is_announced_layer_by_layer_with_each_chunk_and_the_tail_with_the_last(model_dir: Path) -> None:
