@@ -28,7 +28,7 @@ from tests.kv_transfer.rig import (
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 # Nobody falls silent here: who says nothing for seconds has had no turn on a busy machine.
-CONFIG = TransferConfig(heartbeat_s=0.2, heartbeat_misses=50, lease_s=2.0, connect_s=10.0, max_message_bytes=8192)
+CONFIG = TransferConfig(heartbeat_s=0.2, heartbeat_misses=50, lease_s=3.0, connect_s=10.0, max_message_bytes=8192)
 SLACK_S = 5.0  # of a busy machine
 
 
@@ -85,6 +85,19 @@ async def test_a_layer_leaves_as_soon_as_it_exists(rig: Rig) -> None:
     handoff.finish([(0, 1)])
     assert (await handoff.outcome()).error is None
     assert_equal_blocks(rig, (1, 2), (5, 6))
+
+
+async def test_a_prompt_that_ends_after_its_kv_has_left_is_committed_in_the_same_turn(rig: Rig) -> None:
+    handoff = rig.start(rig.reserve((5, 6), 32), 32)
+    handoff.source_blocks((1, 2))
+    announce_all(handoff, 2)
+    await eventually(lambda: block_bytes_of(rig.target, 3, 6) == block_bytes_of(rig.source, 3, 2))
+    assert not handoff._pusher._committed
+    handoff.finish([(0, 1)])
+    assert handoff._pusher._committed
+    outcome = await handoff.outcome()
+    assert (outcome.error, outcome.activated) == (None, True)
+    assert (await rig.destination.ending(DispatchKey(1, 1))).first_tokens == ((0, 1),)
 
 
 async def test_messages_are_ranges_contiguous_on_both_sides_and_bounded(rig: Rig) -> None:

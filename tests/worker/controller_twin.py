@@ -11,7 +11,7 @@ import grpc
 
 from pdserve.v1 import membership_pb2, membership_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-DEADLINE_S = 120.0  # an engine process imports torch: seconds on a busy machine
+DEADLINE_S = 180.0  # two engine processes that import torch took 55 s on a busy machine
 T = TypeVar("T")
 
 
@@ -24,7 +24,7 @@ class SessionTwin:
         address: str,
         *,
         acknowledges: bool = True,
-        timeout_ms: int = 5000,
+        timeout_ms: int = 30_000,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.credentials = credentials
@@ -235,7 +235,7 @@ class ControllerTwin(membership_pb2_grpc.MembershipServiceServicer):
                 self._news.clear()
                 await self._news.wait()
 
-    async def session(self, worker_id: str, *, acknowledges: bool = True, timeout_ms: int = 5000) -> SessionTwin:
+    async def session(self, worker_id: str, *, acknowledges: bool = True, timeout_ms: int = 30_000) -> SessionTwin:
         await self.registered([worker_id])
         session = SessionTwin(
             self.controller_id,

@@ -12,8 +12,11 @@ from pathlib import Path
 from tests.child_processes import REAP_S
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = "worker"
 MODELLED = "tests.worker.modelled_child"
 NATIVE = "worker.engine_main"
+# A worker that gets no turn for seconds on a busy machine is neither silent nor away, and what it loads is waited for.
+PATIENT = ("transfer.heartbeat_misses=20", "transfer.connect_s=30", "store.load_deadline_s=30")
 
 
 class WorkerProcess:
@@ -33,9 +36,11 @@ class WorkerProcess:
         sets: Sequence[str] = (),
         engine_module: str = MODELLED,
         step_ms: float = 1.0,
+        module: str = WORKER,
     ) -> WorkerProcess:
         tiers = ["store.host_bytes=33554432", "store.disk_bytes=0"]
-        settings = [f'controllers=["{controller}"]', "transfer.transport=tcp", "worker.heartbeat_s=0.3", *tiers, *sets]
+        reach = [f'controllers=["{controller}"]', "transfer.transport=tcp", "worker.heartbeat_s=0.3"]
+        settings = [*reach, *PATIENT, *tiers, *sets]
         arguments = ["--id", worker_id, "--roles", roles, "--engine-module", engine_module]
         for setting in settings:
             arguments += ["--set", setting]
@@ -44,7 +49,7 @@ class WorkerProcess:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "worker",
+                module,
                 *arguments,
                 cwd=ROOT,
                 env={**os.environ, "STEP_MS": str(step_ms)},

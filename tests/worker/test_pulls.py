@@ -130,7 +130,7 @@ async def test_a_peer_that_fails_amid_a_pull_costs_time_and_no_token(
     controller: ControllerTwin, start_worker: StartWorker, transport: str, fault: str
 ) -> None:
     """The lender's engine is stopped first, so that the pull is surely under way when the rest happens."""
-    lease_s, deadline_s = (0.5 if fault == "lease expired" else 10, 2 if fault == "stopped" else 30)
+    lease_s, deadline_s = (0.5 if fault == "lease expired" else 10, 5 if fault == "stopped" else 30)
     sets = (f"transfer.transport={transport}", f"transfer.lease_s={lease_s}", f"store.load_deadline_s={deadline_s}")
     peers = await open_peers(controller, start_worker, *sets)
     expected = await peers.computed()
