@@ -283,11 +283,11 @@ async def test_a_controller_that_falls_silent_loses_its_stream_and_keeps_its_ses
     controller: ControllerTwin, start_worker: StartWorker
 ) -> None:
     await start_worker("d0", "decode", step_ms=5)
-    session = await controller.session("d0", acknowledges=False, timeout_ms=600)
+    session = await controller.session("d0", acknowledges=False, timeout_ms=2000)
     session.send(commands.generate(commands.work(1, PROMPT, max_tokens=400)))
     await session.until(lambda: session.status is not None)
     assert session.status is grpc.StatusCode.DEADLINE_EXCEEDED
-    session.acknowledges = True
+    session.acknowledges, session.timeout_ms = True, 30_000
     await session.drop()
     await session.open()
     await session.until_finished(1)
