@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import threading
@@ -78,9 +77,15 @@ def stream(api_url: str, max_tokens: int) -> Iterator[str]:
         yield from (line for line in response.iter_lines() if line)
 
 
+def shared_memory(processes: list[LocalProcess]) -> set[Path]:
+    """What they have mapped of it. Other tests' clusters come and go meanwhile."""
+    lines = [line for one in processes for line in Path(f"/proc/{one.pid}/maps").read_text().splitlines()]
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line}
+
+
 def test_ctrl_c_lets_a_running_stream_end_and_leaves_nothing(foreground: Foreground) -> None:
     processes = foreground.processes()
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory(processes)
     assert len(processes) == 2 + 2 * 2  # supervisor, controller, two workers of two processes
     lines = stream(running_state(foreground.state_dir).api_url, 300)
     next(lines)
@@ -90,7 +95,7 @@ def test_ctrl_c_lets_a_running_stream_end_and_leaves_nothing(foreground: Foregro
     assert foreground.popen.wait(END_S) == 0
     foreground.until("nothing left over", END_S)
     assert not [one.pid for one in processes if one.alive()]
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert not [path for path in shared if path.exists()]
     assert not (foreground.state_dir / "cluster.json").exists()
 
 
@@ -105,7 +110,7 @@ def test_ctrl_c_twice_stops_at_once(foreground: Foreground) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         list(lines)
     assert foreground.popen.wait(END_S) == 0
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 25  # a drain may take 30
     assert not [one.pid for one in processes if one.alive()]
 
 
