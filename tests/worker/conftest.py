@@ -10,14 +10,20 @@ from typing import Protocol
 import pytest
 
 from tests.worker.controller_twin import ControllerTwin
-from tests.worker.processes import WorkerProcess
+from tests.worker.processes import WORKER, WorkerProcess
 
 LOG_CHARS = 4000  # of a worker's log, its end
 
 
 class StartWorker(Protocol):
     async def __call__(
-        self, worker_id: str, roles: str, *sets: str, engine_module: str = ..., step_ms: float = ...
+        self,
+        worker_id: str,
+        roles: str,
+        *sets: str,
+        engine_module: str = ...,
+        step_ms: float = ...,
+        module: str = ...,
     ) -> WorkerProcess: ...
 
 
@@ -33,7 +39,12 @@ async def start_worker(controller: ControllerTwin, tmp_path: Path) -> AsyncItera
     started: list[WorkerProcess] = []
 
     async def start(
-        worker_id: str, roles: str, *sets: str, engine_module: str = "tests.worker.modelled_child", step_ms: float = 1.0
+        worker_id: str,
+        roles: str,
+        *sets: str,
+        engine_module: str = "tests.worker.modelled_child",
+        step_ms: float = 1.0,
+        module: str = WORKER,
     ) -> WorkerProcess:
         worker = await WorkerProcess.start(
             worker_id,
@@ -43,6 +54,7 @@ async def start_worker(controller: ControllerTwin, tmp_path: Path) -> AsyncItera
             sets=sets,
             engine_module=engine_module,
             step_ms=step_ms,
+            module=module,
         )
         started.append(worker)
         return worker

@@ -14,9 +14,11 @@ import redis
 from kv_transfer.keys import HASH_BYTES, chain_hashes
 from pdserve.v1 import worker_pb2
 from tests.kv_store.redis_server import running_redis
+from tests.refused_calls import filtered
 from tests.worker import commands
 from tests.worker.conftest import StartWorker
 from tests.worker.controller_twin import ControllerTwin, SessionTwin
+from tests.worker.failing_disk_child import READS_BREAK, WRITES_BREAK
 from tests.worker.processes import NATIVE
 from tests.worker.test_handoffs import Pair
 from tests.worker.test_native_worker import MODEL
@@ -27,6 +29,9 @@ SETS = (f"model.path={MODEL}", "model.dtype=float32", "engine.threads=1", "engin
 LENGTH = 200
 FULL_PAGES = LENGTH // 16
 NEW_TOKENS = 8
+PAGE_BYTES, HOST_PAGES = 16 * 4 * 2 * 2 * 64 * 4, 16  # 4 layers, K and V, 2 heads of 64, float32; less than two prompts
+FAILING_DISK = "tests.worker.failing_disk_child"
+AGAIN = 99
 
 
 def prompt(number: int) -> tuple[int, ...]:
@@ -162,6 +167,71 @@ async def test_a_damaged_disk_costs_pages_and_time_while_the_answer_stays_the_sa
         assert sum(cached) < 2 * 16 * FULL_PAGES, kind
         report = tier_of(await fresh_load(session), "disk")
         assert report.verify_failures[kind] > 0, report
+
+
+async def test_a_disk_whose_system_calls_fail_changes_no_answer_holds_nothing_up_and_a_counter_tells_it(
+    controller: ControllerTwin, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """EIO by the kernel, of reads to one worker and of writes to the other, once both have pages on disk. A third one, without tiers,
+    says what is right. What was on disk by then is there after a restart."""
+    sets = (*on_disk(tmp_path), f"store.host_bytes={HOST_PAGES * PAGE_BYTES}", "store.eviction=lru")
+    breaks = {"reads": READS_BREAK, "writes": WRITES_BREAK}
+    workers = {
+        name: await start_worker(name, "decode", *sets, engine_module=NATIVE, module=FAILING_DISK) for name in breaks
+    }
+    await start_worker("right", "decode", *SETS, "store.host_bytes=0", engine_module=NATIVE)
+    right = await controller.session("right")
+    root = right.snapshots[0].worker.identity.digest
+    await ask(right, root, 0, 1, 2, 3)
+    for name, worker in workers.items():
+        session = await controller.session(name)
+        await ask_and_store(session, root, 0, 1)
+        stored = tier_of(await fresh_load(session), "disk").stored
+        worker.process.send_signal(breaks[name])
+        await session.until(lambda: filtered(worker.process.pid))  # noqa: B023 (called at once)
+        await (ask_and_store if name == "reads" else ask)(session, root, 2, 3)
+        await leave_to_the_disk(session, root, 0)
+        session.send(commands.generate(work(AGAIN, root, 0)))
+        await session.until_finished(AGAIN)
+        assert [session.tokens(key) for key in (1, 2, 3, 4, AGAIN)] == [right.tokens(key) for key in (1, 2, 3, 4, 1)]
+        assert session.of("started")[-1].started.cached_tokens == (0 if name == "reads" else 16 * FULL_PAGES)
+        await session.until(lambda: tier_of(session.loads[-1], "disk").failures)  # noqa: B023
+        assert (tier_of(await fresh_load(session), "disk").stored > stored) == (name == "reads")
+        worker.process.kill()
+        await worker.exit_code()
+    controller.workers.clear()
+    for name in breaks:
+        await start_worker(name, "decode", *sets, engine_module=NATIVE)
+    for name in breaks:
+        again = await controller.session(name)
+        await again.until(lambda: keys_of(root, 1) <= held(again, "disk"))  # noqa: B023
+        await ask(again, root, 1)
+        assert again.of("started")[-1].started.cached_tokens == 16 * FULL_PAGES
+        assert again.tokens(2) == right.tokens(2)
+        assert not tier_of(await fresh_load(again), "disk").verify_failures
+
+
+async def ask_and_store(session: SessionTwin, root: bytes, *numbers: int) -> None:
+    """One after the other, since pages that leave host memory before their turn do not go to the disk."""
+    for number in numbers:
+        await ask(session, root, number)
+        await session.until(lambda: keys_of(root, number) <= held(session, "disk"))  # noqa: B023 (called at once)
+
+
+async def leave_to_the_disk(session: SessionTwin, root: bytes, number: int) -> None:
+    """Computes other prompts until neither the device nor host memory has a page of prompt `number`."""
+    other = 200
+    while keys_of(root, number) & (held(session, "device") | held(session, "host")):
+        await ask(session, root, other)
+        await session.until_next_load()
+        other += 1
+
+
+async def ask(session: SessionTwin, root: bytes, *numbers: int) -> None:
+    """The work of prompt n has the key n + 1."""
+    for number in numbers:
+        session.send(commands.generate(work(number + 1, root, number)))
+        await session.until_finished(number + 1)
 
 
 async def fresh_load(session: SessionTwin) -> worker_pb2.LoadReport:
