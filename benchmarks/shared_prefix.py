@@ -1,4 +1,4 @@
-"""Hydragen: attention over a prefix that sequences share, read once against read by each; alone and in whole decode steps.
+"""Hydragen: attention over a prefix that sequences share, read once against read by each; alone, in decode steps and in prefills.
 
 `python -m benchmarks.shared_prefix [--full] [--threads N]`. The peer is our own kernel without sharing, over the same blocks.
 """
@@ -11,40 +11,33 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
-from benchmarks.engine_driver import EngineDriver
+from benchmarks.engine_driver import EngineDriver, greedy
+from benchmarks.floors import MemoryFloor
+from benchmarks.prefix_tree import DIM, HEADS, KV_HEADS, PAGE, SUFFIX, PrefixTree, tasks_of
 from benchmarks.random_model import LLAMA_100M, write_random_llama
-from benchmarks.report import Measurement, Mode, Result, compare, result
-from engine.attention_plan import Cut, Reader, plan
-from engine.kernel_attention import ReaderBlocks, task_arrays
-from engine.kernels.library import AttentionTasks, Kernels, load_kernels
+from benchmarks.report import Measurement, Mode, Result, compare, measure, result
+from engine.kernels.library import Kernels, load_kernels
 
-PAGE, HEADS, KV_HEADS, DIM = 16, 12, 4, 64
-SUFFIX = 128
 BATCHES = (1, 4, 8, 16, 32, 64, 128)
 PREFIXES = {"quick": (256, 1024, 4096), "full": (256, 1024, 4096, 16_384)}
+TREES = {
+    "tree: 1K shared by 32, 3K more by each 8 of them": PrefixTree(1024, 8, 3072, 4),
+    "tree: 1K shared by 64, 3K more by each 2 of them": PrefixTree(1024, 2, 3072, 32),
+    "tree: 4K shared by 128, 1K more by each 8 of them": PrefixTree(4096, 8, 1024, 16),
+}
+DOCUMENT = 4096  # of the prefills
+# (prompts, tokens of each in the step): those of a step's budget, from short questions to whole chunks of a long one
+PREFILLS = ((32, 4), (32, 16), (32, 17), (32, 64), (4, 512))
+# (prompts, tokens of each behind the document), through the engine
+QUESTIONS: dict[Mode, tuple[tuple[int, int], ...]] = {"quick": ((8, 16),), "full": ((32, 16), (32, 64))}
 STEP_PREFIXES = {"quick": (1024,), "full": (1024, 16_384)}
 STEP_BATCH = 32
 ROUNDS = {"quick": 5, "full": 15}
 UNSHARED = "ours, every row by itself"
-
-
-def readers_of(prefix: int, batch: int) -> list[Reader]:
-    """Sequences of the same prefix, blocks and all, and a suffix of their own; each decodes one token."""
-    own = SUFFIX // PAGE
-    shared = np.arange(prefix // PAGE, dtype=np.int32)
-    tails = [np.arange(own, dtype=np.int32) + len(shared) + row * own for row in range(batch)]
-    return [Reader(row, 1, prefix + SUFFIX - 1, np.concatenate([shared, tail])) for row, tail in enumerate(tails)]
-
-
-def tasks_of(kernels: Kernels, readers: Sequence[Reader], *, share: bool) -> AttentionTasks:
-    ends = torch.tensor([reader.first + 1 for reader in readers], dtype=torch.int32)
-    units = -(-2 * torch.get_num_threads() // KV_HEADS)
-    tasks = plan(readers, Cut(kernels.chunk, PAGE, 0, units, share))
-    return task_arrays(tasks, ReaderBlocks.of(readers), torch.zeros_like(ends), ends)
+ONCE = "memory floor: reading the weights and every block of KV once"
 
 
 def alternate(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
@@ -58,44 +51,96 @@ def alternate(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[f
     return [kept[1:] for kept in samples]
 
 
-def attention(kernels: Kernels, prefix: int, batch: int, rounds: int) -> Measurement:
-    readers = readers_of(prefix, batch)
-    pool = torch.randn((prefix + batch * SUFFIX) // PAGE, 2, PAGE, KV_HEADS, DIM)
-    query = torch.randn(batch, HEADS, DIM)
+def attention(kernels: Kernels, name: str, tree: PrefixTree, rounds: int) -> Measurement:
+    """One layer."""
+    readers = tree.readers()
+    pool = torch.randn(tree.pages, 2, PAGE, KV_HEADS, DIM)
+    query = torch.randn(tree.sequences * tree.rows, HEADS, DIM)
     shared, alone = (tasks_of(kernels, readers, share=share) for share in (True, False))
     ours, theirs = alternate(
         [lambda: kernels.attention(query, pool, shared), lambda: kernels.attention(query, pool, alone)], rounds
     )
     assert torch.equal(kernels.attention(query, pool, shared), kernels.attention(query, pool, alone))
-    return compare(f"attention, prefix {prefix}, batch {batch}", "ms", ours, (UNSHARED, theirs), "lower")
+    return compare(name, "ms", ours, (UNSHARED, theirs), "lower")
 
 
-def steps(model_dir: Path, prefix: int, threads: int, rounds: int) -> list[Measurement]:
-    """Decode steps of sequences behind one prefix: shared against not, and against no prefix at all, which is the floor."""
-    source = random.Random(prefix)
+def attentions(kernels: Kernels, mode: Mode) -> list[Measurement]:
+    flat = {
+        f"attention, prefix {prefix}, batch {batch}": PrefixTree(prefix, batch)
+        for prefix in PREFIXES[mode]
+        for batch in BATCHES
+    }
+    trees = {f"attention, {name}": tree for name, tree in TREES.items()}
+    prefills = {
+        f"attention of a prefill, document {DOCUMENT}: {rows} tokens of each of {prompts} prompts": PrefixTree(
+            DOCUMENT, prompts, rows=rows
+        )
+        for prompts, rows in PREFILLS
+    }
+    return [attention(kernels, name, tree, ROUNDS[mode]) for name, tree in {**flat, **trees, **prefills}.items()]
 
-    def prompt(tokens: int) -> list[int]:
-        return [source.randrange(10, LLAMA_100M.vocab) for _ in range(tokens)]
 
-    document, tails = prompt(prefix), [prompt(SUFFIX) for _ in range(STEP_BATCH)]
-    kv_bytes = (prefix + (STEP_BATCH + 2) * (SUFFIX + 2 * rounds + 64)) * LLAMA_100M.kv_elements_per_token * 4
-    drivers = [
+def drivers_of(model_dir: Path, tokens: int, threads: int) -> list[EngineDriver]:
+    """With and without sharing; pools of so many tokens."""
+    kv_bytes = tokens * LLAMA_100M.kv_elements_per_token * 4
+    return [
         EngineDriver(model_dir, "cpu", "float32", threads=threads, kv_bytes=kv_bytes, share=share)
         for share in (True, False)
     ]
-    floor = EngineDriver(model_dir, "cpu", "float32", threads=threads, kv_bytes=kv_bytes)
+
+
+def random_tokens(source: random.Random, count: int) -> list[int]:
+    return [source.randrange(10, LLAMA_100M.vocab) for _ in range(count)]
+
+
+def steps(model_dir: Path, prefix: int, threads: int, rounds: int) -> list[Measurement]:
+    """Decode steps of sequences behind one prefix: shared against not, against no prefix at all, and against the memory's speed."""
+    source = random.Random(prefix)
+    document, tails = random_tokens(source, prefix), [random_tokens(source, SUFFIX) for _ in range(STEP_BATCH)]
+    output = 2 * rounds + STEP_BATCH + 32
+    pool = prefix + (STEP_BATCH + 2) * (SUFFIX + output)
+    drivers = drivers_of(model_dir, pool, threads)
+    bare_driver = EngineDriver(
+        model_dir, "cpu", "float32", threads=threads, kv_bytes=pool * LLAMA_100M.kv_elements_per_token * 4
+    )
     for driver in drivers:
         driver.prefill_s(document)  # from here on its blocks are found
-        driver.begin_decode([document + tail for tail in tails], rounds * 2 + STEP_BATCH + 32)
-    floor.begin_decode(tails, rounds * 2 + STEP_BATCH + 32)
-    ours, theirs, bare = alternate([drivers[0].step_s, drivers[1].step_s, floor.step_s], rounds)
-    for driver in (*drivers, floor):
+        driver.begin_decode([document + tail for tail in tails], output)
+    bare_driver.begin_decode(tails, output)
+    floor = MemoryFloor(LLAMA_100M, torch.float32)
+    floor.begin([document, *tails])
+    calls = [*(driver.step_s for driver in (*drivers, bare_driver)), lambda: floor.steps_s(1)]
+    ours, theirs, bare, once = alternate(calls, rounds)
+    for driver in (*drivers, bare_driver):
         driver.close()
     name = f"decode step, batch {STEP_BATCH}, shared prefix {prefix}"
+    read_gb = 4e-9 * (LLAMA_100M.parameters + (prefix + STEP_BATCH * SUFFIX) * LLAMA_100M.kv_elements_per_token)
     return [
         compare(name, "ms", ours, (UNSHARED, theirs), "lower"),
         compare(f"{name}: against no prefix", "ms", ours, ("the same rows without the prefix", bare), "lower"),
+        compare(f"{name}: against the memory floor", "ms", ours, (ONCE, once), "lower"),
+        measure(f"{name}: memory read by that floor", "GB/s", [read_gb / (ms / 1e3) for ms in once], "higher"),
     ]
+
+
+def prefills(model_dir: Path, prompts: int, question: int, threads: int, rounds: int) -> Measurement:
+    """Through the engine: from submission until each of `prompts` over one cached document has its first token."""
+    source = random.Random(question)
+    document = random_tokens(source, DOCUMENT)
+    drivers = drivers_of(model_dir, 2 * DOCUMENT + (rounds + 2) * prompts * (question + 2 * PAGE), threads)
+
+    def answer(driver: EngineDriver) -> None:
+        for _ in range(prompts):
+            driver.submit(document + random_tokens(source, question), greedy(1))
+        driver.finish()
+
+    for driver in drivers:
+        driver.prefill_s(document)
+    ours, theirs = alternate([lambda: answer(drivers[0]), lambda: answer(drivers[1])], rounds)
+    for driver in drivers:
+        driver.close()
+    name = f"prefill of {prompts} prompts of {question} tokens behind one cached document of {DOCUMENT}"
+    return compare(name, "ms", ours, (UNSHARED, theirs), "lower")
 
 
 def run(mode: Mode, threads: int) -> Result:
@@ -103,11 +148,12 @@ def run(mode: Mode, threads: int) -> Result:
     if kernels is None:
         raise SystemExit("The kernels are not built: python -m engine.kernels.build")
     torch.set_num_threads(threads)
-    measured = [attention(kernels, p, b, ROUNDS[mode]) for p in PREFIXES[mode] for b in BATCHES]
+    measured = attentions(kernels, mode)
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
         model_dir = write_random_llama(Path(folder))
         for prefix in STEP_PREFIXES[mode]:
             measured += steps(model_dir, prefix, threads, ROUNDS[mode])
+        measured += [prefills(model_dir, *question, threads, ROUNDS[mode]) for question in QUESTIONS[mode]]
     settings: dict[str, str | int | float | bool] = {
         "threads": threads,
         "instruction_set": kernels.instruction_set,
@@ -119,6 +165,7 @@ def run(mode: Mode, threads: int) -> Result:
     }
     notes = (
         "shared and unshared results were compared bit for bit; below one chunk of common tokens nothing is shared",
+        "sequences that compute more than 16 tokens in a step share nothing in it: their rows fill the vectors by themselves",
     )
     return result("shared_prefix", mode, settings, measured, notes=notes)
 
