@@ -244,8 +244,8 @@ class IncomingHandoff:
         first_tokens = tuple((first.choice, first.token_id) for first in self._commit.first_tokens)
         received = self._segments
         report = ReceivedReport(self.transport, received.bytes, received.segments, received.transfer_us)
+        self._parts.destination.activate(self.reservation.dispatch, first_tokens, report)  # the next token waits for it
         self._finish(handoff_pb2.HandoffResponse(activated=handoff_pb2.Activated()))
-        self._parts.destination.activate(self.reservation.dispatch, first_tokens, report)
 
     def _end_writer(self, error: PdserveError | None) -> None:
         if error is not None:

@@ -42,6 +42,8 @@ class SegmentPusher:
         self._pending = PendingSpans()
         self._source_blocks: tuple[int, ...] = ()
         self._first_tokens: list[handoff_pb2.FirstToken] | None = None
+        self._all_put = False  # every segment, and `push` waits for `finish` alone
+        self._committed = False
         self._link: PeerLink | None = None
         self._credits: dict[int, float] = {}  # tag -> when it was announced, until it is confirmed
         self.sends: set[asyncio.Task[None]] = set()
@@ -62,6 +64,8 @@ class SegmentPusher:
 
     def finish(self, first_tokens: Sequence[tuple[int, int]]) -> None:
         self._first_tokens = [handoff_pb2.FirstToken(choice=choice, token_id=token) for choice, token in first_tokens]
+        if self._all_put and not self._pending:
+            self._commit(self._first_tokens)  # not a turn of the loop later: the second token waits for it
         self._wake.set()
 
     # ---- drained by the hand-off
@@ -75,6 +79,7 @@ class SegmentPusher:
         cutter = SpanCutter(runs_of(self._source_blocks[: cutting.blocks]), cutting.runs, cutting.max_blocks)
         while self._first_tokens is None or self._pending:
             if not self._pending:
+                self._all_put = coverage.complete
                 await self._news()
                 continue
             span = _without_cached(self._pending.pop(), cutting.first_block)
@@ -88,12 +93,20 @@ class SegmentPusher:
                 self._send(piece, plan.block_bytes, link)
         if not coverage.complete:
             raise InternalError(f"{coverage.missing} KV blocks were never announced.")
-        commit = handoff_pb2.Commit(segment_count=self.segments, byte_count=self.bytes, first_tokens=self._first_tokens)
-        self._put(handoff_pb2.HandoffRequest(commit=commit))
+        self._commit(self._first_tokens)
+
+    def _commit(self, first_tokens: list[handoff_pb2.FirstToken]) -> None:
+        if not self._committed:
+            self._committed = True
+            commit = handoff_pb2.Commit(segment_count=self.segments, byte_count=self.bytes, first_tokens=first_tokens)
+            self._put(handoff_pb2.HandoffRequest(commit=commit))
 
     async def _news(self) -> None:
         self._wake.clear()
-        await self._wake.wait()
+        try:
+            await self._wake.wait()
+        finally:
+            self._all_put = False
 
     def _send(self, span: Span, block_bytes: int, link: PeerLink) -> None:
         """Announces and starts one message; the caller holds a slot of the window."""

@@ -155,9 +155,18 @@ class _EventStream(asyncio.Protocol):
         transport = self._transport
         if self._failure or transport is None:
             raise WorkerLost(self._failure or "the link to the engine is not open")
-        transport.write(frame)
+        transport.write(frame[self._send_now(frame, transport) :])
         if transport.get_write_buffer_size() > _COMMAND_BYTES_HELD:
             self._lose("the engine takes no commands")
+
+    def _send_now(self, frame: bytes, transport: asyncio.Transport) -> int:
+        """What the socket takes at once: uvloop's transport writes only when everything else of the loop's turn is done, and an idle
+        engine would wait for that. Returns how many bytes."""
+        if transport.get_write_buffer_size():
+            return 0  # they go first
+        with contextlib.suppress(OSError):  # the transport meets it too
+            return self._inbox.send(frame, socket.MSG_DONTWAIT)
+        return 0
 
     async def next_events(self) -> list[Event]:
         await self._arrived.wait()

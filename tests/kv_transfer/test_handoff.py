@@ -87,6 +87,19 @@ async def test_a_layer_leaves_as_soon_as_it_exists(rig: Rig) -> None:
     assert_equal_blocks(rig, (1, 2), (5, 6))
 
 
+async def test_a_prompt_that_ends_after_its_kv_has_left_is_committed_in_the_same_turn(rig: Rig) -> None:
+    handoff = rig.start(rig.reserve((5, 6), 32), 32)
+    handoff.source_blocks((1, 2))
+    announce_all(handoff, 2)
+    await eventually(lambda: block_bytes_of(rig.target, 3, 6) == block_bytes_of(rig.source, 3, 2))
+    assert not handoff._pusher._committed
+    handoff.finish([(0, 1)])
+    assert handoff._pusher._committed
+    outcome = await handoff.outcome()
+    assert (outcome.error, outcome.activated) == (None, True)
+    assert (await rig.destination.ending(DispatchKey(1, 1))).first_tokens == ((0, 1),)
+
+
 async def test_messages_are_ranges_contiguous_on_both_sides_and_bounded(rig: Rig) -> None:
     # Runs: source 0-5 | 10-15; target 20-23 | 30-37. At most 4 blocks (8192 bytes) a message: 4, 2, 4, 2 per layer.
     source, target = (*range(6), *range(10, 16)), (*range(20, 24), *range(30, 38))

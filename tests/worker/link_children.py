@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 
+from engine.page_protocol import PagesSaved
 from engine.protocol import ENCODER, Load
 from simulator.modelled_engine import ModelledConfig, ModelledEngine
 from worker_runtime.engine_channel import EngineChannel
@@ -45,6 +46,8 @@ def misbehave(kind: str, sock: socket.socket, channel: EngineChannel) -> None:
             channel.emit(numbered(step))
         channel.flush()
         os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "counts-commands":
+        count_commands(channel)
     elif kind == "ignores-stop":
         time.sleep(60)
     elif kind == "half-a-frame":
@@ -52,6 +55,18 @@ def misbehave(kind: str, sock: socket.socket, channel: EngineChannel) -> None:
         sock.sendall(struct.pack("<I", len(payload)) + payload[:-1])
         os._exit(1)
     channel.receive(60.0)
+
+
+def count_commands(channel: EngineChannel) -> None:
+    """Tells each command's number as long as none is missing; they are PagesSaved of that many blocks."""
+    seen = 0
+    while True:
+        for command in channel.receive(60.0):
+            if not isinstance(command, PagesSaved) or len(command.blocks) != seen:
+                os._exit(1)
+            channel.emit(numbered(seen))
+            seen += 1
+        channel.flush()
 
 
 def numbered(step: int) -> Load:

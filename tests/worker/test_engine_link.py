@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from engine.page_protocol import PagesSaved
 from engine.protocol import ClearPrefixCache, Event, Load
 from pdserve.errors import WorkerLost
 from tests.worker.processes import alive
@@ -56,6 +57,15 @@ async def test_events_that_come_in_one_burst_come_out_in_order() -> None:
     link = await start("bursts")
     events = await first_events(link, 1000)
     assert [event.step for event in events if isinstance(event, Load)] == list(range(1000))
+    await link.close()
+
+
+async def test_commands_arrive_whole_and_in_order_where_the_socket_takes_only_some_at_once() -> None:
+    link = await start("counts-commands")
+    for blocks in range(2000):  # 2 MB in one turn of the loop, several times what a socket holds
+        link.send(PagesSaved(tuple(range(blocks))))
+    events = await first_events(link, 2000)
+    assert [event.step for event in events if isinstance(event, Load)] == list(range(2000))
     await link.close()
 
 
