@@ -100,7 +100,7 @@ class Cluster:
         return answer
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = START_DEADLINE_S) -> None:
     """Polls `condition`; fails with `what` after the deadline."""
     end = time.monotonic() + deadline_s
     while not condition():
