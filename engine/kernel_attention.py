@@ -10,7 +10,7 @@ import torch
 
 from engine.attention_plan import Cut, Reader, TaskList, plan
 from engine.block_lines import PlacedBlocks
-from engine.kernels.library import AttentionTasks, Kernels
+from engine.kernels.library import AttentionCall, AttentionTasks, Kernels
 from engine.paged_attention import PagedPool
 from engine.step_batch import StepBatch
 
@@ -31,7 +31,7 @@ class KernelAttention:
         if planned is None or planned.blocks is not batch.blocks or positions[0] >= planned.first_until:
             planned = self._planned = self._plan(batch, positions)
         planned.move(positions)
-        return KernelStepAttention(self._pool, self._kernels, batch.slots, planned.tasks)
+        return KernelStepAttention(self._pool, self._kernels, batch.slots, planned.calls)
 
     def _plan(self, batch: StepBatch, positions: np.ndarray) -> _Planned:
         readers = [
@@ -42,8 +42,9 @@ class KernelAttention:
         borders = np.concatenate([positions, *(positions + 1 - window for window in by_window if window)])
         steps = self._kernels.chunk - int((borders % self._kernels.chunk).max())
         moved = [(window, tasks.begins.numpy(), tasks.ends.numpy()) for window, tasks in by_window.items()]
-        tasks = [by_window[window] for window in self._windows]
-        return _Planned(batch.blocks, int(positions[0]) + steps, tasks, moved)
+        calls = {window: AttentionCall(self._kernels, tasks) for window, tasks in by_window.items()}
+        by_layer = [calls[window] for window in self._windows]
+        return _Planned(batch.blocks, int(positions[0]) + steps, by_layer, moved)
 
     def _tasks(self, batch: StepBatch, readers: Sequence[Reader], window: int) -> AttentionTasks:
         units = -(-2 * torch.get_num_threads() // self._pool.kv_heads)
@@ -60,7 +61,7 @@ class _Planned:
 
     blocks: PlacedBlocks
     first_until: int
-    tasks: list[AttentionTasks]
+    calls: list[AttentionCall]
     seen: list[tuple[int, np.ndarray, np.ndarray]]  # window, begins and ends: those of the tasks
 
     def move(self, positions: np.ndarray) -> None:
@@ -72,17 +73,17 @@ class _Planned:
 
 
 class KernelStepAttention:
-    def __init__(self, pool: PagedPool, kernels: Kernels, slots: torch.Tensor, tasks: Sequence[AttentionTasks]) -> None:
+    def __init__(self, pool: PagedPool, kernels: Kernels, slots: torch.Tensor, calls: Sequence[AttentionCall]) -> None:
         self._pool = pool
         self._kernels = kernels
         self._slots = slots
-        self._tasks = tasks
+        self._calls = calls
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._kernels.write(key, value, self._slots, self._pool.layers[layer])
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return self._kernels.attention(query, self._pool.layers[layer], self._tasks[layer])
+        return self._calls[layer](query, self._pool.layers[layer])
 
 
 @dataclass(frozen=True, slots=True)

@@ -911,7 +911,7 @@ static void open_panel(const Attention& a, const int32_t* rows, int kv_head, int
   p.first = first;
   p.queries = queries;
   p.query.resize(static_cast<size_t>(a.dim) * width);
-  p.sum.resize(static_cast<size_t>(PANEL) * a.dim);
+  p.sum.resize(static_cast<size_t>(queries) * a.dim);
   p.merged.assign(static_cast<size_t>(queries) * a.dim, 0.0f);
   std::fill(p.merged_lse, p.merged_lse + PANEL, -INFINITY);
   std::fill(p.begin, p.begin + PANEL, 0);
@@ -962,12 +962,15 @@ struct Unit {
 
 static void attention_unit(const Attention& a, const Unit& unit, Scratch& s) {
   const int task = unit.task, all = a.task_counts[task] * (a.heads / a.kv_heads);
-  s.key.resize(static_cast<size_t>(TILE) * a.dim);
-  s.value.resize(static_cast<size_t>(TILE) * a.dim);
-  s.score.resize(static_cast<size_t>(TILE) * PANEL);
-  s.few_score.resize(static_cast<size_t>(TILE) * FEW);
   s.used = 0;
   s.few = all <= FEW;
+  if (s.few) {  // of the rest nothing: to get and clear memory would cost as much as a short sequence
+    s.few_score.resize(static_cast<size_t>(TILE) * FEW);
+  } else {
+    s.key.resize(static_cast<size_t>(TILE) * a.dim);
+    s.value.resize(static_cast<size_t>(TILE) * a.dim);
+    s.score.resize(static_cast<size_t>(TILE) * PANEL);
+  }
   for (int head = unit.kv_head; head < unit.kv_head + unit.heads; head++)
     for (int i = 0, q = unit.first; i < unit.panels && q < all; i++, q += PANEL)
       open_panel(a, a.rows + a.task_rows[task], head, q, std::min(PANEL, all - q), s.panels[s.used++]);

@@ -175,23 +175,55 @@ class Kernels:
 
     def attention(self, query: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks) -> torch.Tensor:
         """query [rows, heads, dim] float32, pool of one layer [block, 2, page token, kv_head, dim] -> [rows, heads, dim]."""
-        assert not query.shape[2] % self.lanes
-        output = torch.empty(query.shape)
-        partial = torch.empty(tasks.slot_count, *query.shape[1:])
-        partial_lse = torch.empty(tasks.slot_count, query.shape[1])
-        call = _attention_call(query, pool, tasks)
-        call.partial, call.partial_lse, call.output = partial.data_ptr(), partial_lse.data_ptr(), output.data_ptr()
+        return AttentionCall(self, tasks)(query, pool)
+
+    def call_attention(self, call: _Attention, tasks: AttentionTasks) -> None:
         self._library.kernels_attention(
-            ctypes.byref(call),
-            _pointer(tasks.merged_rows),
-            _pointer(tasks.merged_starts),
-            len(tasks.merged_rows),
+            ctypes.byref(call), _pointer(tasks.merged_rows), _pointer(tasks.merged_starts), len(tasks.merged_rows)
         )
-        return output
 
     def unevenness(self, query: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks) -> float:
         """Of the same call: the work of the busiest thread against an even share, as the kernels count it before they begin."""
         return float(self._library.kernels_attention_unevenness(ctypes.byref(_attention_call(query, pool, tasks))))
+
+
+class AttentionCall:
+    """Kernels.attention of the same tasks again and again: in every layer, over pools of one shape and queries of one shape. What
+    the tasks hold may change in place, where it lies may not."""
+
+    def __init__(self, kernels: Kernels, tasks: AttentionTasks) -> None:
+        self._kernels = kernels
+        self._tasks = tasks
+        self._call: _Attention | None = None
+        self._shapes: tuple[torch.Size, torch.Size] | None = None
+        self._partials: tuple[torch.Tensor, torch.Tensor] | None = None  # kept for their memory
+
+    @property
+    def tasks(self) -> AttentionTasks:
+        return self._tasks
+
+    def __call__(self, query: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        output = torch.empty(query.shape)
+        call = self._call or self._open(query, pool)
+        assert self._shapes == (query.shape, pool.shape)
+        assert pool.is_contiguous()
+        assert query.dtype == torch.float32
+        assert query.stride(2) == 1
+        assert query.stride(1) == query.shape[2]
+        call.query, call.query_stride = query.data_ptr(), query.stride(0)
+        call.pool, call.output = pool.data_ptr(), output.data_ptr()
+        self._kernels.call_attention(call, self._tasks)
+        return output
+
+    def _open(self, query: torch.Tensor, pool: torch.Tensor) -> _Attention:
+        _, heads, dim = query.shape
+        assert not dim % self._kernels.lanes
+        partial = torch.empty(self._tasks.slot_count, heads, dim)
+        partial_lse = torch.empty(self._tasks.slot_count, heads)
+        call = _attention_call(query, pool, self._tasks)
+        call.partial, call.partial_lse = partial.data_ptr(), partial_lse.data_ptr()
+        self._call, self._shapes, self._partials = call, (query.shape, pool.shape), (partial, partial_lse)
+        return call
 
 
 def _attention_call(query: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks) -> _Attention:

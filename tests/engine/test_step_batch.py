@@ -100,9 +100,9 @@ class ComputedStorm(Storm):
             return
         batch = self.buffers.build(parts)
         assert_as_built_anew(batch, parts)
-        fresh = attention().step(StepBuffers(PAGE, CPU).build(parts))._tasks
-        for got, wanted in zip(self.attention.step(batch)._tasks, fresh, strict=True):
-            assert_same_tasks(got, wanted)
+        fresh = attention().step(StepBuffers(PAGE, CPU).build(parts))._calls
+        for got, wanted in zip(self.attention.step(batch)._calls, fresh, strict=True):
+            assert_same_tasks(got.tasks, wanted.tasks)
 
 
 def storm(seed: int) -> ComputedStorm:
@@ -155,7 +155,7 @@ def test_steps_over_the_same_sequences_keep_their_memory_and_plans_hold_until_a_
         batch = buffers.build(parts)
         assert_as_built_anew(batch, parts)
         blocks.append(batch.blocks)
-        planned.append(planner.step(batch)._tasks)
+        planned.append(planner.step(batch)._calls)
         for sequence in sequences:
             go_on(sequence)
     assert all(one is blocks[0] for one in blocks)
