@@ -20,7 +20,8 @@ from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.live_cluster import LiveCluster, live_cluster
 from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_served_llama
 from benchmarks.report import Measurement, Mode, Result, compare, result
-from benchmarks.tiers import PAGE_TOKENS, settle
+from benchmarks.served_prompts import PAGE_TOKENS
+from benchmarks.tiers import settle
 
 CHUNK_TOKENS, QUESTION_TOKENS = 256, 32
 RATIO = 0.15

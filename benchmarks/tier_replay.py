@@ -27,7 +27,7 @@ from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.live_cluster import LiveCluster, live_cluster
 from benchmarks.random_model import LlamaShape, write_served_llama
 from benchmarks.report import Measurement, Mode, Result, compare, measure, result
-from benchmarks.tiers import Asked, ask
+from benchmarks.served_prompts import Asked, ask
 from kv_store.policies import POLICIES
 
 PAGE_TOKENS = 16

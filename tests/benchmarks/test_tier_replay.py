@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.block_trace import BLOCK_TOKENS, Request, Trace
+from benchmarks.served_prompts import Asked
 from benchmarks.tier_replay import (
     COMPUTED,
     LARGE,
@@ -20,7 +21,6 @@ from benchmarks.tier_replay import (
     slice_of,
     turned,
 )
-from benchmarks.tiers import Asked
 
 
 def trace_of(*prompts: tuple[int, ...]) -> Trace:
@@ -65,8 +65,8 @@ def test_every_prompt_goes_to_all_in_turning_order() -> None:
 
 
 def test_hits_of_the_device_are_those_that_nothing_was_loaded_for() -> None:
-    computed = Lane([Asked(1.0, 0), Asked(3.0, 0)])
-    lane = Lane([Asked(0.5, 64), Asked(0.5, 96)], {"host": 32, "disk": 48}, 2)
+    computed = Lane([Asked(1.0, 100, 0), Asked(3.0, 100, 0)])
+    lane = Lane([Asked(0.5, 100, 64), Asked(0.5, 100, 96)], {"host": 32, "disk": 48}, 2)
     told = {item.name.removeprefix("x: "): item for item in rows("x", lane, computed, 200)}
     hits = [told[f"tokens hit, {tier}"].figure.median for tier in ("device", "host", "disk")]
     assert hits == [80, 32, 48]
