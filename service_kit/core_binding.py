@@ -18,6 +18,9 @@ from service_kit.config import EngineConfig
 
 Cores = tuple[int, ...]
 
+_SPINS = "20000"  # libgomp's own are about 2 ms of a core that io processes and other engines wait for
+_SPINNING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}  # where the operator says how long
+
 
 @dataclass(frozen=True, slots=True)
 class MachineCores:
@@ -79,9 +82,13 @@ def engine_threads(engine: EngineConfig, cores: Cores, workers: int, allowed: in
     return engine.threads or len(cores) or max(1, allowed // max(1, workers))
 
 
-def openmp_environment(cores: Cores) -> dict[str, str]:
-    """What binds the OpenMP threads of a process, one to each core. OpenMP reads it when torch is imported, not later."""
-    return {"GOMP_CPU_AFFINITY": " ".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))} if cores else {}
+def openmp_environment(cores: Cores, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What binds the OpenMP threads of a process, one to each core, and lets a thread that waits go to sleep soon, where the variables
+    that it has `inherited` do not say how long it spins. OpenMP reads them when torch is imported, not later."""
+    spins = {} if _SPINNING & inherited.keys() else {"GOMP_SPINCOUNT": _SPINS}
+    if not cores:
+        return spins
+    return {**spins, "GOMP_CPU_AFFINITY": " ".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}
 
 
 def listed_cores(setting: str, name: str = "engine.cores") -> Cores:

@@ -91,7 +91,9 @@ async def _open(settings: NodeSettings, engine_module: str, cores: Cores) -> Wor
     command = (sys.executable, "-m", engine_module)
     service = own_service_cores(config.pool.service_cores)
     frame = config.model_dump_json().encode()
-    link = await ProcessEngineLink.start(frame, config.worker.engine_start_s, command, openmp_environment(cores))
+    link = await ProcessEngineLink.start(
+        frame, config.worker.engine_start_s, command, openmp_environment(cores, os.environ)
+    )
     try:
         keep_to_cores(service)  # not before: the engine would inherit it
         roles = (PrefillService, DecodeService)

@@ -166,8 +166,14 @@ def test_services_take_a_list_as_it_is_or_refuse_it_by_the_setting() -> None:
 
 
 def test_openmp_gets_one_thread_for_each_core_and_nothing_where_none_is_bound() -> None:
-    assert openmp_environment((2, 3)) == {"GOMP_CPU_AFFINITY": "2 3", "OMP_NUM_THREADS": "2"}
-    assert openmp_environment(()) == {}
+    bound = openmp_environment((2, 3), {})
+    assert (bound["GOMP_CPU_AFFINITY"], bound["OMP_NUM_THREADS"]) == ("2 3", "2")
+    assert openmp_environment((), {}).keys() == {"GOMP_SPINCOUNT"}
+
+
+def test_openmp_threads_spin_as_long_as_the_operator_says() -> None:
+    assert "GOMP_SPINCOUNT" not in openmp_environment((2, 3), {"OMP_WAIT_POLICY": "active"})
+    assert "GOMP_SPINCOUNT" not in openmp_environment((), {"GOMP_SPINCOUNT": "0"})
 
 
 def test_a_claim_ends_with_its_holder() -> None:
