@@ -4,6 +4,9 @@
 ----------> OPEN --------------> ORPHANED ------------------> gone, its dispatches are cancelled
                ^                    |
                +--- same controller_id opens again: replays what was not acknowledged
+
+KV events wait in their stream for KV_EVENTS_S and leave together: an engine tells every page by itself, and a message each costs
+both sides more than what it says.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ from dataclasses import dataclass, field
 
 from pdserve.errors import Overloaded, PdserveError, Unavailable
 from pdserve.v1 import worker_pb2
+from worker_runtime.kv_event_queue import Kind, KvEventQueue
 from worker_runtime.kv_index import KvIndex
 from worker_runtime.replay import ReplayBuffer, ReplayOverflow
 
 ASIDES_HELD = 32  # of one stream; the oldest go first
+KV_EVENTS_S = 0.05  # from the first KV event that waits until all that wait leave
 KV_BYTES_HELD = 2**20  # of one stream's KV events; beyond it the controller gets a snapshot instead
 PAST_SESSIONS = 1024
 DEVICE_TIER = "device"
@@ -41,11 +46,11 @@ class SessionStream:
     cursor: int  # last sequence that was written to this stream
     load_due: bool = True
     kv_snapshot_due: bool = True
-    kv_events: deque[worker_pb2.KvEvent] = field(default_factory=deque)
-    kv_bytes: int = 0
+    kv_events: KvEventQueue = field(default_factory=KvEventQueue)
     asides: deque[worker_pb2.SessionResponse] = field(default_factory=lambda: deque(maxlen=ASIDES_HELD))
     error: PdserveError | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _kv_timer: asyncio.TimerHandle | None = None  # runs while KV events wait that are not due
 
     def wake(self) -> None:
         self._wake.set()
@@ -58,16 +63,45 @@ class SessionStream:
         self.error = self.error or error
         self._wake.set()
 
-    def add_kv_event(self, event: worker_pb2.KvEvent) -> None:
+    def close(self) -> None:
+        """Nothing is drained from it any more."""
+        self._forget_kv_events()
+
+    def add_kv_event(self, kind: Kind, block_hashes: bytes, tier: str) -> None:
         """Events that pile up while the controller reads nothing give way to a snapshot."""
         if self.kv_snapshot_due:
             return
-        self.kv_events.append(event)
-        self.kv_bytes += len(event.block_hashes)
-        if self.kv_bytes > KV_BYTES_HELD:
-            self.kv_snapshot_due = True
-            self.kv_events.clear()
+        if not self.kv_events:
+            self._kv_timer = asyncio.get_running_loop().call_later(KV_EVENTS_S, self._kv_due)
+        self.kv_events.add(kind, block_hashes, tier)
+        if self.kv_events.size_bytes > KV_BYTES_HELD:
+            self._forget_kv_events()
+            self.ask_kv_snapshot()
+
+    def ask_kv_snapshot(self) -> None:
+        self.kv_snapshot_due = True
         self._wake.set()
+
+    def take_kv_snapshot(self) -> bool:
+        """Whether a snapshot is due; it says what the waiting events would."""
+        due, self.kv_snapshot_due = self.kv_snapshot_due, False
+        if due:
+            self._forget_kv_events()
+        return due
+
+    def take_kv_events(self) -> list[worker_pb2.KvEvent]:
+        """Those that wait, once they have waited long enough."""
+        return self.kv_events.take() if self._kv_timer is None else []
+
+    def _kv_due(self) -> None:
+        self._kv_timer = None
+        self._wake.set()
+
+    def _forget_kv_events(self) -> None:
+        self.kv_events.clear()
+        if self._kv_timer is not None:
+            self._kv_timer.cancel()
+            self._kv_timer = None
 
 
 class SessionHub:
@@ -110,6 +144,7 @@ class SessionHub:
         return session.stream
 
     def detach(self, stream: SessionStream) -> None:
+        stream.close()
         session = stream.session
         if session.stream is stream:
             session.stream = None
@@ -166,8 +201,7 @@ class SessionHub:
         """That controller gets everything afresh."""
         session = self._sessions.get(controller_id)
         if session is not None and session.stream is not None:
-            session.stream.kv_snapshot_due = True
-            session.stream.wake()
+            session.stream.ask_kv_snapshot()
 
     def drain(self, stream: SessionStream) -> Iterator[worker_pb2.SessionResponse]:
         """What is to be written to `stream` now, oldest first."""
@@ -180,15 +214,9 @@ class SessionHub:
         if stream.load_due:
             stream.load_due = False
             yield worker_pb2.SessionResponse(load=self._load())
-        if stream.kv_snapshot_due:
-            stream.kv_snapshot_due = False
-            stream.kv_events.clear()
-            stream.kv_bytes = 0
+        if stream.take_kv_snapshot():
             yield from (self._kv_message(stream, [event]) for event in self._kv_snapshot())
-        if stream.kv_events:
-            events = list(stream.kv_events)
-            stream.kv_events.clear()
-            stream.kv_bytes = 0
+        if events := stream.take_kv_events():
             yield self._kv_message(stream, events)
 
     def expired(self) -> list[str]:
@@ -228,10 +256,9 @@ class SessionHub:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _kv_event(self, kind: worker_pb2.KvEvent.Kind.ValueType, block_hashes: bytes, tier: str) -> None:
-        event = worker_pb2.KvEvent(kind=kind, block_hashes=block_hashes, tier=tier)
+    def _kv_event(self, kind: Kind, block_hashes: bytes, tier: str) -> None:
         for stream in self._streams():
-            stream.add_kv_event(event)
+            stream.add_kv_event(kind, block_hashes, tier)
 
     def _kv_snapshot(self) -> Iterator[worker_pb2.KvEvent]:
         """Begins with CLEARED: of all tiers."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from pdserve.errors import Overloaded, Unavailable
 from pdserve.v1 import worker_pb2
+from worker_runtime.kv_event_queue import KvEventQueue
 from worker_runtime.kv_index import HASHES_PER_EVENT, KvIndex
 from worker_runtime.session import ASIDES_HELD, KV_BYTES_HELD, SessionHub, SessionStream
 
@@ -111,6 +114,79 @@ async def test_a_controller_that_reads_no_kv_events_gets_a_snapshot_in_their_pla
     assert b"".join(event.block_hashes for event in events[1:]) == block_hashes
     assert all(len(event.block_hashes) <= 32 * HASHES_PER_EVENT for event in events)
     assert late[0].first_sequence == kv[-1].first_sequence + len(kv[-1].events)
+
+
+def kv_messages(hub: SessionHub, stream: SessionStream) -> list[worker_pb2.KvEvents]:
+    return [response.kv for response in hub.drain(stream) if response.WhichOneof("event") == "kv"]
+
+
+async def kv_messages_in_time(hub: SessionHub, stream: SessionStream) -> list[worker_pb2.KvEvents]:
+    """What comes first although nothing else happens."""
+    async with asyncio.timeout(10):
+        while not (messages := kv_messages(hub, stream)):
+            await stream.wait()
+    return messages
+
+
+async def test_kv_events_leave_together_after_a_while_and_not_with_what_else_leaves_before() -> None:
+    hub = open_hub()
+    stream = hub.attach("c0")
+    opening = kv_messages(hub, stream)
+    hub.kv_stored(b"a" * 32)
+    hub.kv_stored(b"b" * 32)
+    hub.kv_stored(b"b" * 32, "host")
+    hub.kv_evicted(b"a" * 32)
+    hub.heartbeat()
+    assert [response.WhichOneof("event") for response in hub.drain(stream)] == ["load"]
+    (message,) = await kv_messages_in_time(hub, stream)
+    assert [(event.kind, event.tier, event.block_hashes) for event in message.events] == [
+        (worker_pb2.KvEvent.KIND_STORED, "device", b"a" * 32 + b"b" * 32),
+        (worker_pb2.KvEvent.KIND_STORED, "host", b"b" * 32),
+        (worker_pb2.KvEvent.KIND_EVICTED, "device", b"a" * 32),
+    ]
+    assert message.first_sequence == opening[-1].first_sequence + len(opening[-1].events)
+    hub.kv_evicted(b"b" * 32)
+    (later,) = await kv_messages_in_time(hub, stream)
+    assert later.first_sequence == message.first_sequence + 3
+
+
+async def test_a_snapshot_takes_the_place_of_kv_events_that_wait() -> None:
+    hub = open_hub()
+    stream = hub.attach("c0")
+    kv_messages(hub, stream)
+    hub.kv_stored(b"a" * 32)
+    hub.kv_snapshot("c0")
+    told = [event.block_hashes for message in kv_messages(hub, stream) for event in message.events]
+    assert told == [b"", b"a" * 32]
+    hub.kv_stored(b"b" * 32)
+    (message,) = await kv_messages_in_time(hub, stream)
+    assert [event.block_hashes for event in message.events] == [b"b" * 32]
+
+
+async def test_a_stream_that_is_closed_has_no_kv_events_left_that_would_wake_it() -> None:
+    hub = open_hub()
+    stream = hub.attach("c0")
+    kv_messages(hub, stream)
+    hub.kv_stored(b"a" * 32)
+    hub.detach(stream)
+    assert not stream.kv_events
+    assert kv_messages(hub, stream) == []
+    again = hub.attach("c0")
+    hub.kv_stored(b"b" * 32)
+    told = [event.block_hashes for message in kv_messages(hub, again) for event in message.events]
+    assert told == [b"", b"a" * 32 + b"b" * 32]
+
+
+def test_merged_kv_events_stay_within_the_bound_of_one() -> None:
+    queue = KvEventQueue()
+    piece = b"a" * (32 * (HASHES_PER_EVENT // 2 + 1))
+    for _ in range(3):
+        queue.add(worker_pb2.KvEvent.KIND_STORED, piece, "host")
+    queue.add(worker_pb2.KvEvent.KIND_STORED, b"b" * 32, "host")
+    assert queue.size_bytes == 3 * len(piece) + 32
+    assert [event.block_hashes for event in queue.take()] == [piece, piece, piece + b"b" * 32]
+    assert not queue
+    assert queue.take() == []
 
 
 async def test_what_is_told_aside_is_not_numbered_not_replayed_and_bounded() -> None:
