@@ -50,7 +50,15 @@ def benefit_s(recompute_s: float, here: Speed, below: Sequence[Speed]) -> float:
 
     0, which is no value, where computing, this tier or the next one was not measured yet; tiers further down count once they are.
     """
-    if recompute_s <= 0 or not all(speed.samples for speed in (here, *below[:1])):
-        return 0.0
-    next_best_s = min([recompute_s, *(speed.page_s for speed in below if speed.samples)])
-    return max(next_best_s - here.page_s, LEAST_BENEFIT_S)
+    return benefits_s([recompute_s], here, below)[0]
+
+
+def benefits_s(recomputes_s: Sequence[float], here: Speed, below: Sequence[Speed]) -> list[float]:
+    """`benefit_s` of each page, by the speeds of one moment."""
+    if not all(speed.samples for speed in (here, *below[:1])):
+        return [0.0] * len(recomputes_s)
+    below_s, here_s = min((speed.page_s for speed in below if speed.samples), default=float("inf")), here.page_s
+    return [
+        max(min(recompute_s, below_s) - here_s, LEAST_BENEFIT_S) if recompute_s > 0 else 0.0
+        for recompute_s in recomputes_s
+    ]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
@@ -18,9 +19,25 @@ from kv_store.tier import Change, TierCounters, TierListener
 from kv_store.tier_index import Entry, TierIndex
 from pdserve.errors import ConfigInvalid
 
+_PAGES_PER_BATCH = 32  # that come in under one lock: not so many that whoever looks for a page waits for long
+
+
+@dataclass(slots=True)
+class _Admitted:
+    """Of pages that are to be stored, the first `seen`. here: how many of them were here already. begun: those that came in, by their
+    ordinals; all others were dropped."""
+
+    seen: int = 0
+    here: int = 0
+    begun: list[tuple[int, Entry]] = field(default_factory=list)
+
 
 class HostTier:
-    """Implements kv_store.tier.PageTier. Its memory is touched at once: a fresh page costs more than the copy into it."""
+    """Implements kv_store.tier.PageTier. Its memory is touched at once: a fresh page costs more than the copy into it.
+
+    Pages come in by batches, of which all are copied before any can be found. Pages that may give way to others of one call do so
+    only for want of pages that were there before; the listener hears of a call once it is done.
+    """
 
     name = "host"
 
@@ -44,7 +61,8 @@ class HostTier:
         self._clock = clock
         self._changes: list[tuple[Change, Page]] = []
         self._news = News(self._take_changes, listener)
-        self._slots = _touched_memory(slots * page_format.size_bytes).reshape(slots, page_format.size_bytes)
+        memory = _touched_memory(slots * page_format.size_bytes)
+        self._contents = memory.reshape(slots, page_format.layers, page_format.block_bytes)
         self._checksums = [b""] * slots
         self._free = list(range(slots - 1, -1, -1))
         self._lock = threading.Lock()
@@ -71,17 +89,41 @@ class HostTier:
         with self._lock:
             entries = self._index.pin(ids, self._clock())
         try:
-            yield [self._content(entry.place) for entry in entries[: self._good(entries)]]
+            yield [self._contents[entry.place] for entry in entries[: self._good(entries)]]
         finally:
             with self._lock:
                 self._release(self._index.unpin(entries))
 
+    @contextmanager
+    def borrowed_each(self, ids: Sequence[PageId]) -> Iterator[list[PageBytes | None]]:
+        """Like `borrowed`, for all of `ids` that are here; None for the others."""
+        entries: list[Entry | None] = []
+        with self._lock:
+            now_s = self._clock()
+            while len(entries) < len(ids):
+                entries += self._index.pin(ids[len(entries) :], now_s)
+                entries += [None] * (len(entries) < len(ids))
+        try:
+            yield [
+                self._contents[entry.place] if entry is not None and self._good([entry]) else None for entry in entries
+            ]
+        finally:
+            with self._lock:
+                self._release(self._index.unpin(entry for entry in entries if entry is not None))
+
     def write(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> int:
+        assert len(pages) == len(contents)
         started_s = self._clock()
-        here = 0
-        for page, content in zip(pages, contents, strict=True):
-            here += self._write_one(page, content)
-        self.counters.write_s += self._clock() - started_s
+        here = start = 0
+        try:
+            while start < len(pages):
+                admitted = self._admit(pages[start : start + _PAGES_PER_BATCH])
+                self._fill([(entry, contents[start + at]) for at, entry in admitted.begun])
+                here += admitted.here + len(admitted.begun)
+                start += admitted.seen
+        finally:
+            self.counters.write_s += self._clock() - started_s
+            self._news.tell()
         return here
 
     def remove(self, keys: Sequence[bytes]) -> int:
@@ -148,37 +190,65 @@ class HostTier:
     def _ready(self) -> list[Entry]:
         return [entry for entry in self.entries() if entry.state == "ready"]
 
-    def _write_one(self, page: Page, content: PageBytes) -> bool:
-        size_bytes, now_s = self._format.size_bytes, self._clock()
+    def _admit(self, pages: Sequence[Page]) -> _Admitted:
+        """Slots for as many of `pages` as can be decided at once: where one finds no room beside those before it, these may be what
+        gives way, which they can when they are ready."""
+        admitted, now_s = _Admitted(), self._clock()
         with self._lock:
-            if self._index.present([page.id], now_s):
-                return True
-            granted, evicted = self._index.make_room(page, size_bytes, now_s)
+            for at, page in enumerate(pages):
+                here = self._index.get(page.id.key)
+                unready = here is not None and here.state == "writing"
+                if here is not None and not unready and self._index.present([page.id], now_s):
+                    admitted.here += 1
+                    continue
+                entry = self._begin(page, now_s)
+                if entry is not None:
+                    admitted.begun.append((at, entry))
+                elif admitted.begun and (here is None or unready):
+                    admitted.seen = at
+                    return admitted
+                else:
+                    self.counters.dropped += 1
+        admitted.seen = len(pages)
+        return admitted
+
+    def _begin(self, page: Page, now_s: float) -> Entry | None:
+        """None where it may not come in."""
+        size_bytes = self._format.size_bytes
+        granted, evicted = self._index.make_room(page, size_bytes, now_s)
+        if evicted:
             self._release(evicted)
             self._gone(evicted)
-            granted = granted and bool(self._free)  # what is dropped while it is read still has its slot
-            entry = self._index.begin(page, size_bytes, self._free.pop(), now_s) if granted else None
-        self.counters.evicted += len(evicted)
-        self.counters.evicted_age_s += sum(now_s - gone.stored_s for gone in evicted)
-        if entry is None:
-            self.counters.dropped += 1
-            self._news.tell()
-            return False
-        target = self._content(entry.place)
-        np.copyto(target, content)
-        self._checksums[entry.place] = _checksum(page.id, target)
+            self.counters.evicted += len(evicted)
+            self.counters.evicted_age_s += sum(now_s - gone.stored_s for gone in evicted)
+        if not granted or not self._free:  # what is dropped while it is read still has its slot
+            return None
+        return self._index.begin(page, size_bytes, self._free.pop(), now_s)
+
+    def _fill(self, begun: Sequence[tuple[Entry, PageBytes]]) -> None:
+        """All of them can be found when this returns, none of them after an error."""
+        try:
+            for entry, content in begun:
+                target = self._contents[entry.place]
+                np.copyto(target, content)
+                self._checksums[entry.place] = _checksum(entry.page.id, target)
+        except BaseException:
+            with self._lock:
+                for entry, _ in begun:
+                    self._index.abort(entry)
+                    self._free.append(entry.place)
+            raise
         with self._lock:
-            self._index.commit(entry)
-            self._changes.append(("stored", page))
-        self.counters.stored += 1
-        self.counters.bytes_in += size_bytes
-        self._news.tell()
-        return True
+            for entry, _ in begun:
+                self._index.commit(entry)
+                self._changes.append(("stored", entry.page))
+            self.counters.stored += len(begun)
+            self.counters.bytes_in += len(begun) * self._format.size_bytes
 
     def _good(self, entries: Sequence[Entry]) -> int:
         """How many of `entries` have the bytes that were stored; the first bad one is dropped."""
         for ordinal, entry in enumerate(entries):
-            if _checksum(entry.page.id, self._content(entry.place)) != self._checksums[entry.place]:
+            if _checksum(entry.page.id, self._contents[entry.place]) != self._checksums[entry.place]:
                 self.counters.verify_failures["checksum"] += 1
                 with self._lock:
                     # Dropped meanwhile, it may have been stored anew: that copy is not this one.
@@ -188,10 +258,6 @@ class HostTier:
                 self._news.tell()
                 return ordinal
         return len(entries)
-
-    def _content(self, slot: int) -> PageBytes:
-        content: PageBytes = self._slots[slot]
-        return content.reshape(self._format.layers, self._format.block_bytes)
 
     def _release(self, entries: Sequence[Entry]) -> None:
         self._free += [entry.place for entry in entries]

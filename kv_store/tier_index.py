@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
@@ -105,15 +104,13 @@ class TierIndex:
             if not self._outlived(here, now_s):
                 return False, evicted
             evicted += self.drop(here.key)
-        with self._kept(self._parent_of(page)):
-            while quota and self._tenants.get(page.tenant, 0) + size_bytes > quota:
-                policy = self._tenant_policies.get(page.tenant)
-                if policy is None or not self._evict_one(policy, evicted, now_s):
-                    return False, evicted
-            while self.used_bytes + size_bytes > self.capacity_bytes:
-                if not self._evict_one(self._policy, evicted, now_s):
-                    return False, evicted
-        return True, evicted
+        if not quota and self.used_bytes + size_bytes <= self.capacity_bytes:
+            return True, evicted
+        parent = self._parent_of(page)
+        self._children[parent] = self._children.get(parent, 0) + 1  # the parent of a page that comes in is no leaf
+        granted = self._make_way(page.tenant, size_bytes, evicted, now_s)
+        self._leave_parent(parent)
+        return granted, evicted
 
     def begin(self, page: Page, size_bytes: int, place: int, now_s: float) -> Entry:
         """`page`, for which there is room, is being written to `place`."""
@@ -244,6 +241,18 @@ class TierIndex:
         tenant = entry.page.tenant
         return self._policy, self._tenant_policies.setdefault(tenant, self._tenant_policy())
 
+    def _make_way(self, tenant: bytes, size_bytes: int, evicted: list[Entry], now_s: float) -> bool:
+        """Evicts until so many bytes of that tenant fit. False where nothing more can be evicted."""
+        quota = self._tenant_bytes
+        while quota and self._tenants.get(tenant, 0) + size_bytes > quota:
+            policy = self._tenant_policies.get(tenant)
+            if policy is None or not self._evict_one(policy, evicted, now_s):
+                return False
+        while self.used_bytes + size_bytes > self.capacity_bytes:
+            if not self._evict_one(self._policy, evicted, now_s):
+                return False
+        return True
+
     def _evict_one(self, policy: EvictionPolicy, evicted: list[Entry], now_s: float) -> bool:
         key = policy.victim(lambda key: key not in self._children and self._idle(self._entries[key], now_s))
         if key is None:
@@ -262,15 +271,6 @@ class TierIndex:
                 return page.parent
             above = entry.parent
         return b""
-
-    @contextmanager
-    def _kept(self, parent: bytes) -> Iterator[None]:
-        """The parent of a page that comes in is no leaf."""
-        self._children[parent] = self._children.get(parent, 0) + 1
-        try:
-            yield
-        finally:
-            self._leave_parent(parent)
 
     def _forget(self, entry: Entry) -> None:
         """It is not found any more; its place may still be read."""

@@ -12,10 +12,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from kv_store.benefit import benefit_s
+from kv_store.benefit import benefits_s
 from kv_store.host_tier import HostTier
 from kv_store.page import Page, PageBytes, PageId
 from kv_store.split import Run, Speed
@@ -101,12 +100,7 @@ class TieredStore:
         self._host.write(self._valued(pages, 0), contents)
         if not self._lower:
             return
-        kept: list[Page] = []
-        for page, content in zip(pages, contents, strict=True):
-            if self._host.present([page.id]):
-                kept.append(page)
-            else:
-                self._write_lower([page], [content])
+        kept = self._held(pages, contents)
         with self._queue_lock:
             fits = self._queued + len(kept) <= _PAGES_QUEUED
             self._queued += len(kept) if fits else 0
@@ -128,6 +122,19 @@ class TieredStore:
             tier.close()
 
     # ---- parts
+
+    def _held(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> list[Page]:
+        """Those that are in the host tier now. All others go straight to the lower tiers."""
+        kept: list[Page] = []
+        left: list[tuple[Page, PageBytes]] = []
+        while (start := len(kept) + len(left)) < len(pages):
+            end = start + self._host.present([page.id for page in pages[start:]])
+            kept += pages[start:end]
+            left += zip(pages[end : end + 1], contents[end : end + 1], strict=True)
+        for at in range(0, len(left), _PAGES_PER_WRITE):
+            some = left[at : at + _PAGES_PER_WRITE]
+            self._write_lower([page for page, _ in some], [content for _, content in some])
+        return kept
 
     def _longest(self, ids: Sequence[PageId]) -> Run | None:
         """The nearest tier that has the first page, and how far it reaches."""
@@ -169,16 +176,11 @@ class TieredStore:
                 self._queued -= len(pages)
 
     def _write_batch(self, pages: Sequence[Page]) -> None:
-        kept: list[Page] = []
-        contents: list[PageBytes] = []
-        with ExitStack() as borrowings:
-            for page in pages:
-                # What left the host tier before its turn came is not worth going down any more.
-                borrowed = borrowings.enter_context(self._host.borrowed([page.id]))
-                kept += [page] * len(borrowed)
-                contents += borrowed
+        with self._host.borrowed_each([page.id for page in pages]) as borrowed:
+            # What left the host tier before its turn came is not worth going down any more.
+            kept = [(page, content) for page, content in zip(pages, borrowed, strict=True) if content is not None]
             self.dropped_on_the_way_down += len(pages) - len(kept)
-            self._write_lower(kept, contents)
+            self._write_lower([page for page, _ in kept], [content for _, content in kept])
 
     def _write_lower(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> None:
         for at, tier in enumerate(self._lower, start=1):
@@ -190,4 +192,8 @@ class TieredStore:
     def _valued(self, pages: Sequence[Page], tier_at: int) -> list[Page]:
         """`pages` with what a hit in that tier saves. What a peer may have of them is not known here."""
         here, *below = [self.speeds[tier.name] for tier in self.tiers[tier_at:]]
-        return [replace(page, saving_s=benefit_s(page.saving_s, here, below)) for page in pages]
+        savings_s = benefits_s([page.saving_s for page in pages], here, below)
+        return [
+            Page(page.id, page.parent, page.unit_keys, page.tenant, saving_s)
+            for page, saving_s in zip(pages, savings_s, strict=True)
+        ]

@@ -172,7 +172,7 @@ def test_a_reader_of_an_old_bad_copy_does_not_drop_the_good_one_stored_since() -
     tier = HostTier(SMALL, TierIndex(4 * SMALL.size_bytes, Lru(), 1000.0), lambda change, pages: None)
     write(tier, [0])
     (entry,) = tier.entries()
-    tier._content(entry.place)[0, 0] ^= 1
+    tier._contents[entry.place, 0, 0] ^= 1
     compares, replaced = threading.Event(), threading.Event()
     good = tier._good
 

@@ -56,6 +56,7 @@ class Shelf:
         self.held: dict[bytes, PageBytes] = {}
         self.tenants: set[bytes] = set()
         self.savings: dict[bytes, float] = {}
+        self.written: list[list[bytes]] = []  # of each call
         self.fails = False
         self.before_read: Callable[[], object] = lambda: None
         self.before_look: Callable[[], object] = lambda: None
@@ -75,6 +76,7 @@ class Shelf:
 
     def write(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> int:
         self._check()
+        self.written.append([each.id.key for each in pages])
         self.tenants |= {each.tenant for each in pages}
         self.savings |= {each.id.key: each.saving_s for each in pages}
         self.held |= {each.id.key: bytes_.copy() for each, bytes_ in zip(pages, contents, strict=True)}
@@ -246,3 +248,14 @@ def test_a_page_that_the_host_has_no_room_for_is_valued_for_the_tier_that_gets_i
     store.save(pages, [content(number) for number in range(3)])
     store.close()
     assert disk.savings[pages[2].id.key] == pytest.approx(0.3)
+
+
+def test_all_that_the_host_has_no_room_for_goes_straight_to_the_lower_tiers_in_one_call_each() -> None:
+    disk, pages = Shelf(), [replace(each, parent=b"") for each in chain(10)]
+    store = TieredStore(host_tier(3), [disk], FORMAT.size_bytes)
+    store.save(pages, [content(number) for number in range(10)])
+    assert store.settle(time.monotonic() + DEADLINE_S)
+    store.close()
+    assert disk.written[0] == [each.id.key for each in pages[:7]]
+    assert sorted(disk.held) == sorted(each.id.key for each in pages)
+    assert store.dropped_on_the_way_down == 0
