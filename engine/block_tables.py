@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.page_protocol import OfferedPage
@@ -17,11 +17,13 @@ STORED_AT_ONCE = 64  # pages, 0.3 ms: between one step and the next somebody wai
 
 @dataclass(slots=True, eq=False)
 class Table:
-    """Blocks of one sequence, in order. The first `stored` of them went to the index, or were found there."""
+    """Blocks of one sequence, in order. The first `stored` of them went to the index, or were found there. `received`: full pages at
+    the beginning that the peer which computed them has for its own tiers."""
 
     blocks: array[int]  # int32: one step reads all tables, so they lie ready for numpy
     chain: KeyChain
     stored: int = 0
+    received: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +36,28 @@ class BlockCopy:
 
 class Offers:
     """Pages on offer to be saved: each holds one reference of its block until `end`. `limit`: as many at a time, the others
-    wait for their turn."""
+    wait for their turn.
+
+    Pages that were received are kept back until one that was computed here follows them: whoever computed them saves them, and a
+    second copy is needed only where a chain would begin with a hole."""
 
     def __init__(self) -> None:
         self.limit = 0
         self._held: set[int] = set()
+        self._kept_back: dict[int, OfferedPage] = {}  # by block
         self._waiting: deque[OfferedPage] = deque()
         self._fresh: list[OfferedPage] = []
         self._skipped = 0
 
     def wait(self, page: OfferedPage) -> None:
         self._waiting.append(page)
+
+    def keep_back(self, page: OfferedPage) -> None:
+        self._kept_back[page.block] = page
+
+    def let_go(self, block: int) -> OfferedPage | None:
+        """Its page, if it was kept back: now it is to be saved, or it is evicted."""
+        return self._kept_back.pop(block, None)
 
     def next_waiting(self) -> OfferedPage | None:
         """The page whose turn it is, if there is room for one. A page that was evicted and came back to its block waits twice."""
@@ -129,7 +142,7 @@ class BlockTables:
     def fork(self, table: Table) -> Table:
         """A second table over the same blocks, copy-on-write."""
         self.pool.share(table.blocks)
-        return Table(table.blocks[:], table.chain.fork(), table.stored)
+        return Table(table.blocks[:], table.chain.fork(), table.stored, table.received)
 
     def close(self, table: Table) -> None:
         if (unstored := self._unstored.pop(table, None)) is not None:
@@ -145,12 +158,9 @@ class BlockTables:
         pages = table.chain.pages(tokens, full)
         fresh: list[PageKey] = []  # told at once: a whole prompt is stored between its KV and its next token
         for ordinal in range(table.stored, len(pages)):
-            page, block = pages[ordinal], table.blocks[ordinal]
-            if self._index.store(block, page):
-                fresh.append(page)
-                if self.offers.limit:
-                    named = (page.unit_keys, page.fingerprint, page.tokens, page.parent)
-                    self.offers.wait(OfferedPage(block, *named, table.chain.tenant, ordinal))
+            if self._index.store(table.blocks[ordinal], pages[ordinal]):
+                fresh.append(pages[ordinal])
+                self._offer(table, ordinal, pages[ordinal])
         if fresh:
             self._tell(KvStored(b"".join([page.unit_keys for page in fresh])))
         self._offer_waiting()
@@ -199,8 +209,29 @@ class BlockTables:
         return blocks
 
     def _forget(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.offers.let_go(block)
         if blocks:  # told at once: a reservation may evict as many pages as its prompt has
             self._tell(KvEvicted(b"".join([self._index.forget(block) for block in blocks])))
+
+    def _offer(self, table: Table, ordinal: int, page: PageKey) -> None:
+        """A page that entered the index."""
+        if not self.offers.limit:
+            return
+        named = (page.unit_keys, page.fingerprint, page.tokens, page.parent)
+        offered = OfferedPage(table.blocks[ordinal], *named, table.chain.tenant, ordinal)
+        if ordinal < table.received:
+            self.offers.keep_back(offered)
+            return
+        for each in reversed([offered, *self._kept_back_before(offered.block)]):
+            self.offers.wait(each)
+
+    def _kept_back_before(self, block: int) -> Iterator[OfferedPage]:
+        """From the end of its chain on. Ends at a page that was not kept back: those before it were not either."""
+        before = self._index.before(block)
+        while before is not None and (page := self.offers.let_go(before)) is not None:
+            yield page
+            before = self._index.before(before)
 
     def _touch_what_lies_before(self, blocks: Sequence[int]) -> None:
         """Blocks that were cached just now came later than the beginning of their chains, which must not be evicted before them."""

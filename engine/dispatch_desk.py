@@ -188,6 +188,7 @@ class DispatchDesk:
         table = state.table
         assert table is not None
         absorb(table.blocks[table.stored :].tolist())
+        table.received = len(_tokens(state.work)) // self._tables.page_tokens
         state.phase = "active"
         state.table = None
         state.started_s = self._clock()

@@ -189,6 +189,71 @@ def test_a_lookup_makes_no_keys_beyond_the_first_page_that_is_not_there() -> Non
     assert len(second.chain._pages) == 4
 
 
+def received_prompt(tables: BlockTables, tokens: array[int]) -> Table:
+    """A table for `tokens`, of whose prompt, all but the last 16 tokens, the KV came from a peer."""
+    table = tables.open(tokens, chain(tokens), len(tokens), 0)
+    assert table is not None
+    table.received = len(tokens) // 16 - 1
+    tables.store(table, tokens, len(tokens) - 16)
+    return table
+
+
+def offered_ordinals(tables: BlockTables) -> list[int]:
+    return [page.ordinal for page in tables.offers.take()[0]]
+
+
+def test_received_pages_are_offered_once_a_page_that_was_computed_here_follows_them() -> None:
+    tables = BlockTables(BlockPool(4), 16)
+    tables.offers.limit = 4
+    tokens = array("i", range(64))
+    table = received_prompt(tables, tokens)
+    assert offered_ordinals(tables) == []
+    tables.store(table, tokens, 64)
+    assert offered_ordinals(tables) == [0, 1, 2, 3]
+    assert sorted(tables.offers.blocks()) == sorted(table.blocks)
+
+
+def test_received_pages_are_offered_where_another_sequence_goes_on_behind_them() -> None:
+    tables = BlockTables(BlockPool(8), 16)
+    tables.offers.limit = 8
+    tokens = array("i", range(64))
+    tables.close(received_prompt(tables, tokens))
+    other = array("i", [*range(48), *range(900, 916)])
+    table = tables.open(other, chain(other), 48, 0)
+    assert table is not None
+    tables.store(table, other, 64)
+    assert offered_ordinals(tables) == [0, 1, 2, 3]
+
+
+def test_of_two_that_received_a_prompt_the_pages_in_the_index_are_offered_when_either_goes_on() -> None:
+    tables = BlockTables(BlockPool(8), 16)
+    tables.offers.limit = 8
+    tokens = array("i", range(64))
+    second = tables.open(tokens, chain(tokens), 0, 0)
+    first = received_prompt(tables, tokens)
+    assert second is not None
+    second.received = 3
+    tables.store(second, tokens, 64)
+    assert offered_ordinals(tables) == [0, 1, 2, 3]
+    assert tables.offers.blocks()
+    assert set(tables.offers.blocks()) == {*first.blocks[:3], second.blocks[3]}
+
+
+def test_received_pages_that_were_evicted_are_not_offered_and_neither_is_what_takes_their_blocks() -> None:
+    tables = BlockTables(BlockPool(4), 16)
+    tables.offers.limit = 4
+    tokens = array("i", range(64))
+    tables.close(received_prompt(tables, tokens))
+    tables.clear_cached()
+    other = array("i", range(900, 964))
+    table = tables.open(other, chain(other), 0, 0)
+    assert table is not None
+    tables.store(table, other, 64)
+    offered, skipped = tables.offers.take()
+    assert [page.unit_keys for page in offered] == [page.unit_keys for page in table.chain.pages(other, 4)]
+    assert skipped == 0
+
+
 def stored_pages(tables: BlockTables) -> int:
     """Told since the last call."""
     return sum(len(news.block_hashes) // HASH_BYTES for news in tables.take_news() if isinstance(news, KvStored))
@@ -218,8 +283,14 @@ class AnyOrder(RuleBasedStateMachine):
     def store_some(self) -> None:
         self.tables.store_some()
 
-    @rule(prompt=st.integers(0, 2), length=st.integers(1, 70), computed=st.integers(0, 70), later=st.booleans())
-    def open(self, prompt: int, length: int, computed: int, later: bool) -> None:
+    @rule(
+        prompt=st.integers(0, 2),
+        length=st.integers(1, 70),
+        computed=st.integers(0, 70),
+        later=st.booleans(),
+        received=st.integers(0, 4),
+    )
+    def open(self, prompt: int, length: int, computed: int, later: bool, received: int) -> None:
         tokens = array("i", range(prompt * 1000, prompt * 1000 + length))
         table = self.tables.open(tokens, chain(tokens), length - 1, 0)
         if table is None:
@@ -229,6 +300,7 @@ class AnyOrder(RuleBasedStateMachine):
         done = max(table.stored * 16, min(computed, length))
         for page in range(table.stored, len(table.blocks)):
             self.content[table.blocks[page]] = tuple(tokens[page * 16 : min(page * 16 + 16, done)])
+        table.received = received
         store = self.tables.store_later if later else self.tables.store
         store(table, tokens, done)
         self.live.append((table, tokens, done))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.native import NativeEngine
+from engine.page_protocol import KvOffered, OfferPages
 from engine.protocol import (
     Activate,
     Dispatch,
@@ -104,6 +105,28 @@ def test_the_pages_of_what_was_handed_over_enter_the_index_after_the_second_toke
     assert kinds[:2] == [StepTokens, KvStored]
     (first, *_) = received.of(KvStored)
     assert len(first.block_hashes) == len(PROMPT) // 16 * HASH_BYTES
+    for engine in (source, target):
+        engine.close()
+
+
+@pytest.mark.parametrize(("answer", "offered_there"), [(2, 0), (20, (len(PROMPT) + 19) // 16)])
+def test_what_was_handed_over_is_saved_by_whoever_computed_it_and_there_once_the_answer_fills_a_page(
+    model_dir: Path, answer: int, offered_there: int
+) -> None:
+    source, announced = open_native(model_dir, {})
+    target, received = open_native(model_dir, {})
+    one = work(1, PROMPT, sampling(answer))
+    for engine in (source, target):
+        engine.handle(OfferPages(64))
+    target.handle(ReserveBlocks(one, 10_000))
+    finish(source, Submit(one, "prefill"))
+    hand_off(source, announced, target, received, 1)
+    finish(target)
+    pages = {
+        at: [page.ordinal for event in each.of(KvOffered) for page in event.pages]
+        for at, each in (("source", announced), ("target", received))
+    }
+    assert pages == {"source": list(range(len(PROMPT) // 16)), "target": list(range(offered_there))}
     for engine in (source, target):
         engine.close()
 
