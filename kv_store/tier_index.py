@@ -114,12 +114,13 @@ class TierIndex:
 
     def begin(self, page: Page, size_bytes: int, place: int, now_s: float) -> Entry:
         """`page`, for which there is room, is being written to `place`."""
-        assert page.id.key not in self._entries
-        entry = Entry(page, size_bytes, place, now_s, now_s + self._ttl_s, parent=self._parent_of(page))
-        self._entries[entry.key] = entry
+        key, parent = page.id.key, self._parent_of(page)
+        assert key not in self._entries
+        entry = Entry(page, size_bytes, place, now_s, now_s + self._ttl_s, parent=parent)
+        self._entries[key] = entry
         self.used_bytes += size_bytes
         self._tenants[page.tenant] = self._tenants.get(page.tenant, 0) + size_bytes
-        self._children[entry.parent] = self._children.get(entry.parent, 0) + 1
+        self._children[parent] = self._children.get(parent, 0) + 1
         return entry
 
     def commit(self, entry: Entry) -> None:

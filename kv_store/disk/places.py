@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kv_store.disk.index_log import Line
@@ -23,6 +23,15 @@ class Move:
     sequence: int
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Of pages that are to be stored, the first `seen`. residents: those that came in, by their ordinals. The others were here already
+    or may not come in. The page after them, if there is one, may come in, but there is no place for it."""
+
+    seen: int
+    residents: Sequence[tuple[int, Resident]]
+
+
 class Places:
     """Thread-safe."""
 
@@ -40,23 +49,30 @@ class Places:
 
     # ---- pages
 
-    def admit(self, page: Page, now_s: float) -> bool:
-        """Makes room. False where the page is here already or may not come in."""
+    def begin_all(self, pages: Sequence[Page], now_s: float) -> Begun:
+        """Makes room for pages, and gives them the next places, as long as there are some."""
+        residents: list[tuple[int, Resident]] = []
         with self._lock:
-            granted, evicted = self._index.make_room(page, self._record_bytes, now_s)
-            self._ledger.evicted(evicted, now_s)
-        return granted
+            for at, page in enumerate(pages):
+                granted, evicted = self._index.make_room(page, self._record_bytes, now_s)
+                if evicted:
+                    self._ledger.evicted(evicted, now_s)
+                if not granted:
+                    continue
+                place = self._table.take()
+                if place is None:
+                    return Begun(at, residents)
+                residents.append((at, self._begin(page, place, now_s)))
+        return Begun(len(pages), residents)
 
     def take(self) -> int | None:
         with self._lock:
             return self._table.take()
 
     def begin(self, page: Page, place: int, now_s: float) -> Resident:
+        """Of a page that has room."""
         with self._lock:
-            entry = self._index.begin(page, self._record_bytes, place, now_s)
-            resident = Resident(entry, self._ledger.next_sequence())
-            self._table.occupy(place, resident)
-        return resident
+            return self._begin(page, place, now_s)
 
     def commit(self, batch: Iterable[Resident]) -> None:
         """Their bytes are on disk."""
@@ -153,3 +169,10 @@ class Places:
     def snapshot(self) -> list[Line]:
         with self._lock:
             return self._ledger.snapshot()
+
+    # ---- parts
+
+    def _begin(self, page: Page, place: int, now_s: float) -> Resident:
+        resident = Resident(self._index.begin(page, self._record_bytes, place, now_s), self._ledger.next_sequence())
+        self._table.occupy(place, resident)
+        return resident

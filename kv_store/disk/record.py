@@ -59,9 +59,14 @@ def unpack_page(packed: bytes) -> Page:
     return Page(page_id, parent[:parent_bytes], unit_keys, tenant, saving_s)
 
 
-def pack_header(record: Record, header_bytes: int) -> bytes:
+def pack_header(record: Record, block: memoryview) -> None:
+    """Fills `block`."""
     page = pack_page(record.page)
-    fixed = _HEADER.pack(
+    end, checked = _HEADER.size + len(page), len(block) - CHECKSUM_BYTES
+    assert end <= checked
+    _HEADER.pack_into(
+        block,
+        0,
         MAGIC,
         VERSION,
         len(page),
@@ -71,9 +76,9 @@ def pack_header(record: Record, header_bytes: int) -> bytes:
         record.stored_s,
         record.sequence,
     )
-    block = (fixed + page).ljust(header_bytes - CHECKSUM_BYTES, b"\0")
-    assert len(block) == header_bytes - CHECKSUM_BYTES
-    return block + xxhash.xxh3_64_digest(block)
+    block[_HEADER.size : end] = page
+    block[end:checked] = bytes(checked - end)
+    block[checked:] = xxhash.xxh3_64_digest(block[:checked])
 
 
 def unpack_header(block: memoryview) -> Record | None:

@@ -17,6 +17,7 @@ class RecordRun:
         self._layout = layout
         self._headers = Buffers(1, layout.run * layout.header_bytes)
         self._records: list[tuple[int, Record, Sequence[memoryview]]] = []
+        self._next: int | None = None  # the place that can be written together with those that wait
 
     def __bool__(self) -> bool:
         return bool(self._records)
@@ -28,16 +29,14 @@ class RecordRun:
 
     def takes(self, place: int) -> bool:
         """Whether a record at `place` can be written together with those that wait."""
-        if not self._records:
-            return True
-        last = self._records[-1][0]
-        adjacent = place == last + 1 and self._layout.segment_of(place) == self._layout.segment_of(last)
-        return adjacent and len(self._records) < self._layout.run
+        return not self._records or place == self._next
 
     def add(self, place: int, record: Record, payload: Sequence[memoryview]) -> None:
         """`payload`: with its padding."""
         assert self.takes(place)
         self._records.append((place, record, payload))
+        ends = len(self._records) == self._layout.run or self._layout.slot_of(place) == self._layout.slots - 1
+        self._next = None if ends else place + 1
 
     def discard(self) -> None:
         self._records = []
@@ -51,6 +50,6 @@ class RecordRun:
             parts: list[memoryview] = []
             for at, (_, record, payload) in enumerate(records):
                 header = buffer[at * header_bytes :][:header_bytes]
-                header[:] = pack_header(record, header_bytes)
+                pack_header(record, header)
                 parts += [*payload, header]
             yield parts

@@ -17,6 +17,8 @@ from kv_store.disk.segment_table import Resident
 from kv_store.page import Page, PageBytes
 from kv_store.tier import TierCounters
 
+_PAGES_PER_LOCK = 32  # so that readers do not wait for long
+
 
 class Writer:
     """Its owner calls one method at a time. All raise OSError."""
@@ -32,14 +34,23 @@ class Writer:
     def store(self, pages: Sequence[Page], contents: Sequence[PageBytes], now_s: float) -> None:
         """Stores what is absent and has room; all of it is on disk and can be found when this returns, nothing of it after an
         error."""
+        assert len(pages) == len(contents)
         batch: list[Resident] = []
+        start = 0
         try:
-            for page, content in zip(pages, contents, strict=True):
-                place = self._place(now_s) if self._places.admit(page, now_s) else None
-                if place is not None:
-                    resident = self._places.begin(page, place, now_s)
-                    batch.append(resident)
-                    self._log.write(place, page, content, now_s, resident.sequence)
+            while start < len(pages):
+                asked = pages[start : start + _PAGES_PER_LOCK]
+                begun = self._places.begin_all(asked, now_s)
+                batch += [resident for _, resident in begun.residents]
+                for at, resident in begun.residents:
+                    self._write(resident, contents[start + at], now_s)
+                start += begun.seen
+                if begun.seen < len(asked):
+                    place = self._place(now_s)
+                    if place is not None:
+                        batch.append(self._places.begin(pages[start], place, now_s))
+                        self._write(batch[-1], contents[start], now_s)
+                    start += 1
             self._log.sync()
         except BaseException:
             self._log.discard()
@@ -50,10 +61,12 @@ class Writer:
 
     # ---- parts
 
+    def _write(self, resident: Resident, content: PageBytes, now_s: float) -> None:
+        entry = resident.entry
+        self._log.write(entry.place, entry.page, content, now_s, resident.sequence)
+
     def _place(self, now_s: float) -> int | None:
-        place = self._places.take()
-        if place is not None:
-            return place
+        """The first one of a segment that is begun for it."""
         vacant = self._places.vacant()
         if not vacant:  # a crash in the middle of a compaction leaves it like this, and so do slow readers
             self._give_up_a_segment(now_s)

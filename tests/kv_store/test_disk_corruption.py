@@ -222,7 +222,8 @@ def foreign(**changes: object) -> bytes:
     record = Record(
         page_of(5), SMALL.digest(), SMALL.size_bytes, payload_hash([content.reshape(-1).data]), 1000.0, 10**6
     )
-    header = pack_header(replace(record, **changes), LAYOUT.header_bytes)  # type: ignore[arg-type]
+    header = bytearray(LAYOUT.header_bytes)
+    pack_header(replace(record, **changes), memoryview(header))  # type: ignore[arg-type]
     return content.tobytes().ljust(LAYOUT.padded_bytes, b"\0") + header
 
 

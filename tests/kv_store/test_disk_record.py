@@ -24,6 +24,12 @@ LONGEST_S = 60.0
 RECORD = Record(page_of(3, b"tenant"), SMALL.digest(), SMALL.size_bytes, b"h" * 16, 1234.5, 2**40)
 
 
+def packed_record() -> bytearray:
+    block = bytearray(4096)
+    pack_header(RECORD, memoryview(block))
+    return block
+
+
 @pytest.mark.parametrize(
     "page",
     [
@@ -38,13 +44,17 @@ def test_a_page_comes_back_as_it_was_packed(page: Page) -> None:
 
 
 def test_a_header_comes_back_as_it_was_packed() -> None:
-    block = pack_header(RECORD, 4096)
-    assert len(block) == 4096
-    assert unpack_header(memoryview(block)) == RECORD
+    assert unpack_header(memoryview(packed_record())) == RECORD
+
+
+def test_a_header_has_nothing_of_what_was_in_its_memory_before() -> None:
+    block = bytearray(b"\xff" * 4096)
+    pack_header(RECORD, memoryview(block))
+    assert block == packed_record()
 
 
 def test_every_flipped_bit_of_a_header_shows() -> None:
-    block = bytearray(pack_header(RECORD, 4096))
+    block = packed_record()
     for offset in range(0, 4096, 5):
         block[offset] ^= 1 << offset % 8
         assert unpack_header(memoryview(block)) is None
