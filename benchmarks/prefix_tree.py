@@ -59,5 +59,5 @@ def tasks_of(kernels: Kernels, readers: Sequence[Reader], *, share: bool) -> Att
     """As the engine cuts them."""
     ends = torch.cat([torch.arange(each.first, each.first + each.count, dtype=torch.int32) + 1 for each in readers])
     units = -(-2 * torch.get_num_threads() // KV_HEADS)
-    tasks = plan(readers, Cut(kernels.chunk, PAGE, 0, units, share))
+    tasks = plan(readers, Cut(kernels.chunk, PAGE, 0, units, share, HEADS // KV_HEADS))
     return task_arrays(tasks, ReaderBlocks.of(readers), torch.zeros_like(ends), ends)

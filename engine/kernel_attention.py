@@ -16,13 +16,17 @@ from engine.step_batch import StepBatch
 
 
 class KernelAttention:
-    """Implements engine.paged_attention.PagedAttention. `windows`: per layer, 0 or how many positions a row sees."""
+    """Implements engine.paged_attention.PagedAttention. `windows`: per layer, 0 or how many positions a row sees; `group`: query
+    heads of a KV head, by which it is judged where sharing pays."""
 
-    def __init__(self, pool: torch.Tensor, kernels: Kernels, windows: Sequence[int], *, share: bool) -> None:
+    def __init__(
+        self, pool: torch.Tensor, kernels: Kernels, windows: Sequence[int], *, share: bool, group: int = 1
+    ) -> None:
         self._pool = PagedPool(pool)
         self._kernels = kernels
         self._windows = tuple(windows)
         self._share = share
+        self._group = group
         self._planned: _Planned | None = None  # for the last step
 
     def step(self, batch: StepBatch) -> KernelStepAttention:
@@ -48,7 +52,7 @@ class KernelAttention:
 
     def _tasks(self, batch: StepBatch, readers: Sequence[Reader], window: int) -> AttentionTasks:
         units = -(-2 * torch.get_num_threads() // self._pool.kv_heads)
-        cut = Cut(self._kernels.chunk, self._pool.page_tokens, window, units, self._share)
+        cut = Cut(self._kernels.chunk, self._pool.page_tokens, window, units, self._share, self._group)
         begins, ends = torch.zeros(2, len(batch.positions), dtype=torch.int32)
         blocks = ReaderBlocks(torch.from_numpy(batch.blocks.table), batch.blocks.starts)
         return task_arrays(plan(readers, cut), blocks, begins, ends)

@@ -300,4 +300,5 @@ def _attention(model: LoadedModel, memory: KvMemory, engine: EngineConfig) -> Pa
         return TorchAttention(memory.pool, model.spec.windows)
     if model.kernels is None:
         return device_attention(memory.pool, Geometry.of(model.decoder))
-    return KernelAttention(memory.pool, model.kernels, model.spec.windows, share=engine.shared_prefix_attention)
+    spec, share = model.spec, engine.shared_prefix_attention
+    return KernelAttention(memory.pool, model.kernels, spec.windows, share=share, group=spec.heads // spec.kv_heads)

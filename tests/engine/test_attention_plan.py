@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention_plan import MOST_SHARED_ROWS, Cut, Reader, plan
+from engine.attention_plan import MOST_SHARED_ROWS, Cut, Reader, Run, pays, plan, shared_runs
 
 CHUNK, PAGE = 64, 16
 PAGES = CHUNK // PAGE
@@ -31,13 +32,17 @@ def forest(source: random.Random, size: int) -> list[Reader]:
 
 
 @given(
-    st.integers(0, 2**31), st.integers(1, 12), st.sampled_from([1, 8, 100]), st.sampled_from([0, 1, 90]), st.booleans()
+    st.integers(0, 2**31),
+    st.integers(1, 12),
+    st.sampled_from([1, 4, 8, 100]),
+    st.sampled_from([0, 1, 90]),
+    st.sampled_from([None, 1, 3, 8]),
 )
 def test_every_row_reads_every_chunk_that_it_sees_once_and_in_order(
-    seed: int, size: int, units: int, window: int, share: bool
+    seed: int, size: int, units: int, window: int, group: int | None
 ) -> None:
     readers = forest(random.Random(seed), size)
-    tasks = plan(readers, Cut(CHUNK, PAGE, window, units, share))
+    tasks = plan(readers, Cut(CHUNK, PAGE, window, units, group is not None, group or 1))
     read: dict[int, list[int]] = {}
     for rows, (begin, end) in sorted(zip(tasks.rows, tasks.chunks, strict=True), key=lambda task: task[1]):
         for row in rows.tolist():
@@ -53,10 +58,15 @@ def test_every_row_reads_every_chunk_that_it_sees_once_and_in_order(
     assert not read
 
 
-@given(st.integers(0, 2**31), st.integers(2, 12))
-def test_rows_of_a_task_hold_the_same_blocks_and_see_all_their_keys(seed: int, size: int) -> None:
+CUTS = st.builds(
+    Cut, st.just(CHUNK), st.just(PAGE), units=st.sampled_from([1, 2, 4, 8]), group=st.sampled_from([1, 3, 4, 8, 16])
+)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 12), CUTS)
+def test_rows_of_a_task_hold_the_same_blocks_and_see_all_their_keys(seed: int, size: int, cut: Cut) -> None:
     readers = forest(random.Random(seed), size)
-    tasks = plan(readers, Cut(CHUNK, PAGE))
+    tasks = plan(readers, cut)
     for members, (begin, end), merged in zip(tasks.members, tasks.chunks, tasks.merged, strict=True):
         if len(members) == 1:
             continue
@@ -66,6 +76,114 @@ def test_rows_of_a_task_hold_the_same_blocks_and_see_all_their_keys(seed: int, s
             assert (readers[member].blocks[begin * PAGES : end * PAGES] == first).all()
             assert readers[member].first >= end * CHUNK
         assert begin == 0 or end == begin + 1, "what was merged before it may not be merged again in another order"
+
+
+@given(st.integers(0, 2**31), st.integers(2, 12), CUTS)
+def test_runs_that_are_shared_pay_and_those_of_a_reader_follow_each_other_from_its_first_chunk(
+    seed: int, size: int, cut: Cut
+) -> None:
+    readers = forest(random.Random(seed), size)
+    shared_to = dict.fromkeys(range(size), 0)
+    for run in shared_runs(readers, cut):
+        assert pays(run, sum(readers[member].count for member in run.members), cut)
+        for member in run.members:
+            assert shared_to[member] == run.begin < run.end
+            shared_to[member] = run.end
+
+
+@given(st.integers(0, 2**31), st.integers(2, 12))
+def test_decoding_rows_share_every_chunk_that_two_of_them_hold_where_threads_are_few(seed: int, size: int) -> None:
+    source = random.Random(seed)
+    readers = [Reader(row, 1, each.first, each.blocks) for row, each in enumerate(forest(source, size))]
+    shared = dict.fromkeys(range(size), 0)
+    for run in shared_runs(readers, Cut(CHUNK, PAGE, units=2, group=8)):
+        shared.update(dict.fromkeys(run.members, run.end))
+    for index, reader in enumerate(readers):
+        others = [each for each in readers if each is not reader]
+        assert shared[index] == max(common_chunks(reader, other) for other in others)
+
+
+def common_chunks(one: Reader, other: Reader) -> int:
+    chunks = 0
+    while (chunks + 1) * CHUNK <= min(one.first, other.first):
+        if (one.blocks[: (chunks + 1) * PAGES] != other.blocks[: (chunks + 1) * PAGES]).any():
+            break
+        chunks += 1
+    return chunks
+
+
+# (members, rows of each, shared chunks, units, group) -> whether sharing was measured to be no slower.
+MEASURED = {
+    # prefills, three query heads per KV head, one unit per thread and more
+    (2, 13, 1, 2, 3): True,
+    (2, 16, 1, 2, 3): False,
+    (3, 16, 1, 2, 3): False,
+    (4, 16, 1, 2, 3): True,
+    (32, 16, 4, 2, 3): True,
+    # four and eight query heads: as many queries in fewer rows
+    (2, 10, 1, 1, 4): True,
+    (2, 12, 1, 1, 4): False,
+    (4, 12, 1, 1, 4): True,
+    (2, 5, 1, 2, 8): True,
+    (2, 6, 1, 2, 8): False,
+    # decode: always, but for one chunk of few members on twice as many threads as KV heads
+    (2, 1, 1, 1, 3): True,
+    (2, 1, 1, 2, 3): True,
+    (2, 1, 1, 4, 8): False,
+    (2, 1, 2, 4, 8): True,
+    (8, 1, 1, 4, 8): True,
+}
+
+
+@pytest.mark.parametrize(("shape", "wanted"), MEASURED.items())
+def test_only_what_was_measured_to_be_no_slower_is_shared(shape: tuple[int, int, int, int, int], wanted: bool) -> None:
+    members, rows, chunks, units, group = shape
+    cut = Cut(CHUNK, PAGE, units=units, group=group)
+    assert pays(Run(tuple(range(members)), 0, chunks), members * rows, cut) is wanted
+    shared = np.arange(chunks * PAGES)
+    readers = [
+        Reader(rows * i, rows, chunks * CHUNK, np.append(shared, [1000 + i]).astype(np.int32)) for i in range(members)
+    ]
+    together = [task for task in plan(readers, cut).members if len(task) > 1]
+    assert bool(together) is wanted
+
+
+def test_the_rows_of_a_mixed_step_are_judged_together() -> None:
+    cut = Cut(CHUNK, PAGE, group=3)
+    assert pays(Run((0, 1), 0, 1), 1 + 16, cut)
+    assert not pays(Run((0, 1), 0, 1), 11 + 16, cut)
+
+
+@pytest.mark.parametrize(("group", "rows"), [(3, 16), (8, 12), (16, 6)])
+def test_members_that_fill_panels_by_themselves_leave_the_others_to_share(group: int, rows: int) -> None:
+    shared = np.arange(PAGES)
+    for count, wanted in ((rows, 5), (rows + 1, 4)):
+        counts = [1, 1, 1, 1, count]
+        readers = [
+            Reader(i, counted, CHUNK, np.append(shared, [100 + i, 200 + i]).astype(np.int32))
+            for i, counted in enumerate(counts)
+        ]
+        (run,) = shared_runs(readers, Cut(CHUNK, PAGE, group=group))
+        assert len(run.members) == wanted
+
+
+def test_chunks_that_do_not_pay_for_all_are_shared_by_those_who_share_more() -> None:
+    """Three prompts over one chunk, two of them over another one: on many threads a chunk of three is too little."""
+    trunk, branch = list(range(PAGES)), list(range(100, 100 + PAGES))
+    tables = [[*trunk, *branch, 1000], [*trunk, *branch, 1001], [*trunk, *range(200, 200 + PAGES), 1002]]
+    readers = [Reader(i, 1, 2 * CHUNK, np.array(table, dtype=np.int32)) for i, table in enumerate(tables)]
+    assert list(shared_runs(readers, Cut(CHUNK, PAGE, units=4))) == [Run((0, 1), 0, 2)]
+    assert list(shared_runs(readers, Cut(CHUNK, PAGE, units=2))) == [Run((0, 1, 2), 0, 1), Run((0, 1), 1, 2)]
+
+
+@pytest.mark.parametrize(("units", "tasks_of_prefix"), [(1, 1), (2, 1), (4, 3)])
+def test_the_chunks_of_a_prefix_are_tasks_of_their_own_where_threads_outnumber_kv_heads(
+    units: int, tasks_of_prefix: int
+) -> None:
+    shared = np.arange(3 * PAGES)
+    readers = [Reader(i, 1, 3 * CHUNK, np.append(shared, [100 + i]).astype(np.int32)) for i in range(8)]
+    tasks = plan(readers, Cut(CHUNK, PAGE, units=units))
+    assert sum(len(members) > 1 for members in tasks.members) == tasks_of_prefix
 
 
 @given(st.integers(0, 2**31), st.integers(1, 12), st.sampled_from([1, 100]))

@@ -203,8 +203,10 @@ def tree(source: random.Random, kernels: Kernels, dim: int = 32, dtype: torch.dt
     return Tree(pool, readers, torch.randn(start, 6, dim), ends)
 
 
-def attended(kernels: Kernels, one: Tree, *, share: bool = True, window: int = 0, units: int = 1) -> torch.Tensor:
-    tasks = plan(one.readers, Cut(kernels.chunk, PAGE, window, units, share))
+def attended(
+    kernels: Kernels, one: Tree, *, share: bool = True, window: int = 0, units: int = 1, group: int = 1
+) -> torch.Tensor:
+    tasks = plan(one.readers, Cut(kernels.chunk, PAGE, window, units, share, group))
     begins = (one.ends - window).clamp_(min=0) if window else torch.zeros_like(one.ends)
     return kernels.attention(one.query, one.pool, task_arrays(tasks, ReaderBlocks.of(one.readers), begins, one.ends))
 
@@ -255,7 +257,8 @@ def test_sharing_splitting_and_company_change_no_bit(kernels: Kernels, seed: int
     try:
         together = attended(kernels, one)
         assert torch.equal(attended(kernels, one, share=False), together)
-        assert torch.equal(attended(kernels, one, units=100), together)
+        for units, group in ((100, 1), (4, 3), (2, 8), (1, 16)):  # what is shared, and in which tasks, differs
+            assert torch.equal(attended(kernels, one, units=units, group=group), together)
         for reader in one.readers:
             rows = slice(reader.start, reader.start + reader.count)
             alone = Tree(
