@@ -13,13 +13,14 @@ import numpy as np
 import xxhash
 
 from kv_store.inspection import Finding, Occupancy, PageRow, entry_rows
+from kv_store.interpreter import give_way
 from kv_store.news import News
 from kv_store.page import Page, PageBytes, PageFormat, PageId
 from kv_store.tier import Change, TierCounters, TierListener
 from kv_store.tier_index import Entry, TierIndex
 from pdserve.errors import ConfigInvalid
 
-_PAGES_PER_BATCH = 32  # that come in under one lock: not so many that whoever looks for a page waits for long
+_PAGES_PER_BATCH = 16  # that come in under one lock: not so many that whoever looks for a page waits for long
 
 
 @dataclass(slots=True)
@@ -121,6 +122,8 @@ class HostTier:
                 self._fill([(entry, contents[start + at]) for at, entry in admitted.begun])
                 here += admitted.here + len(admitted.begun)
                 start += admitted.seen
+                if start < len(pages):
+                    give_way()
         finally:
             self.counters.write_s += self._clock() - started_s
             self._news.tell()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from kv_store.benefit import benefits_s
 from kv_store.host_tier import HostTier
+from kv_store.interpreter import give_way
 from kv_store.page import Page, PageBytes, PageId
 from kv_store.split import Run, Speed
 from kv_store.tier import PageTier, TierFailed
@@ -180,6 +181,7 @@ class TieredStore:
             # What left the host tier before its turn came is not worth going down any more.
             kept = [(page, content) for page, content in zip(pages, borrowed, strict=True) if content is not None]
             self.dropped_on_the_way_down += len(pages) - len(kept)
+            give_way()
             self._write_lower([page for page, _ in kept], [content for _, content in kept])
 
     def _write_lower(self, pages: Sequence[Page], contents: Sequence[PageBytes]) -> None:
