@@ -16,7 +16,7 @@ import numpy as np
 MOST_SHARED_ROWS = 16
 
 # See `pays`. Queries are those of one member and one KV head: its rows times the query heads that share the KV head.
-_FILL_QUERIES = 40  # with more, few vectors have lanes to fill
+_FILL_QUERIES = 32  # two vectors of AVX-512
 _MOST_QUERIES = 96  # with more, a member fills panels by itself
 _MANY_MEMBERS = 4
 _WHOLE_UNITS = (
@@ -131,9 +131,9 @@ def pays(run: Run, rows: int, cut: Cut) -> bool:
     """Whether one task for the `rows` of all members is at least as fast as one for each. The bits are the same.
 
     Measured on one and on four threads, with 1 to 16 query heads per KV head: 2 to 32 members of 1 to 16 rows, 1 to 4 chunks.
-    - Up to 40 queries each, sharing is 1.05 to 3.3 times as fast as not; of a decoding row and 16 others 0.98 to 1.03 times. Beyond
-      them it saves hardly any vectors, only copies of keys, which two or three members lose again where threads get uneven work
-      (0.92 to 1.0, noisily to 1.2). Four and more keep 1.0 to 1.3.
+    - Up to 32 queries each, sharing is 1.05 to 3.3 times as fast as not; of a decoding row and 16 others 0.99 to 1.03 times. Beyond
+      them it saves few vectors and copies of keys, which two or three members lose again where threads get uneven work (0.92 to
+      1.2, the less the more queries). Four and more keep 1.0 to 1.3.
     - Beyond 96 queries each it is 0.96 to 1.02 times as fast: such members are not asked.
     - Where threads outnumber KV heads, one chunk of few members keeps too few of them busy (0.7 to 0.9). As many chunks as threads
       of a KV head do, or so many members that they fill vectors for all.

@@ -115,16 +115,17 @@ def common_chunks(one: Reader, other: Reader) -> int:
 # (members, rows of each, shared chunks, units, group) -> whether sharing was measured to be no slower.
 MEASURED = {
     # prefills, three query heads per KV head, one unit per thread and more
-    (2, 13, 1, 2, 3): True,
+    (2, 10, 1, 2, 3): True,
+    (2, 12, 1, 2, 3): False,
     (2, 16, 1, 2, 3): False,
     (3, 16, 1, 2, 3): False,
     (4, 16, 1, 2, 3): True,
     (32, 16, 4, 2, 3): True,
     # four and eight query heads: as many queries in fewer rows
-    (2, 10, 1, 1, 4): True,
+    (2, 8, 1, 1, 4): True,
     (2, 12, 1, 1, 4): False,
     (4, 12, 1, 1, 4): True,
-    (2, 5, 1, 2, 8): True,
+    (2, 4, 1, 2, 8): True,
     (2, 6, 1, 2, 8): False,
     # decode: always, but for one chunk of few members on twice as many threads as KV heads
     (2, 1, 1, 1, 3): True,
