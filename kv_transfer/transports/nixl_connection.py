@@ -143,6 +143,10 @@ class NixlConnection(asyncio.Protocol):
             self._shut(str(error))
         return bool(came)
 
+    def arm(self) -> int | None:
+        """See `pump.Turned`."""
+        return None
+
     def _end(self, tag: int) -> None:
         arriving = self._arriving.pop(tag)
         arriving.read.release()

@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from kv_transfer.transport import Buffer
 from kv_transfer.transports.frames import MAX_FRAME_BYTES
 from kv_transfer.transports.posted import check_buffer, check_target
-from kv_transfer.transports.ucx_lane import Lane
+from kv_transfer.transports.ucx_lane import Lane, Steps
 from kv_transfer.transports.ucx_library import Arrival, Endpoint
 from pdserve.errors import TransferFailed
 from service_kit.logs import get_logger
@@ -67,19 +67,18 @@ class UcxConnection:
         check_buffer(buffer)
         self._check_open()
         with self._operation():
-            endpoint = next(self._turns)
-            task = asyncio.create_task(self._start(lambda: endpoint.send(buffer, tag=tag, force_tag=True)))
+            sending = self._lane.start(next(self._turns).send(buffer, tag=tag, force_tag=True))
             try:
-                await asyncio.wait((task, self._gone), return_when=asyncio.FIRST_COMPLETED)
-                if not task.done():
-                    await asyncio.wait((task,), timeout=_ABANDON_S)
+                await asyncio.wait((sending, self._gone), return_when=asyncio.FIRST_COMPLETED)
+                if not sending.done():
+                    await asyncio.wait((sending,), timeout=_ABANDON_S)
             except asyncio.CancelledError:
                 await self.close()
                 raise
             finally:
-                task.cancel()
+                sending.cancel()
             try:
-                await task
+                await sending
             except self._errors as error:
                 raise TransferFailed(f"KV connection lost while sending message {tag}: {error}.") from error
             except asyncio.CancelledError:
@@ -117,42 +116,36 @@ class UcxConnection:
         if arrival.length != len(buffer):
             await self._throw_away(arrival)
             raise TransferFailed(f"KV message {tag} has {arrival.length} bytes, expected were {len(buffer)}.")
-        await self._finish(lambda: self._endpoint.recv_with_handle(buffer, arrival), f"receiving message {tag}")
+        await self._finish(self._endpoint.recv_with_handle(buffer, arrival), f"receiving message {tag}")
 
     async def _throw_away(self, arrival: Arrival) -> None:
         if arrival.length > MAX_FRAME_BYTES:
             await self.close()
             return
-        await self._finish(
-            lambda: self._endpoint.recv_with_handle(bytearray(arrival.length), arrival), "discarding a message"
-        )
+        await self._finish(self._endpoint.recv_with_handle(bytearray(arrival.length), arrival), "discarding a message")
 
-    async def _finish(self, operation: Callable[[], Awaitable[None]], what: str) -> None:
+    async def _finish(self, operation: Steps, what: str) -> None:
         """Runs `operation`; when it returns or raises, UCX does not write into the operation's buffer any more."""
-        task = asyncio.create_task(self._start(operation))
+        ending = self._lane.start(operation)
         try:
-            await asyncio.shield(task)
+            await asyncio.shield(ending)
         except self._errors as error:
             raise TransferFailed(f"KV connection lost while {what}: {error}.") from error
         except asyncio.CancelledError:
-            await self._quiesce(task)
+            await self._quiesce(ending)
             raise
 
-    async def _start(self, operation: Callable[[], Awaitable[None]]) -> None:
-        self._check_open()  # again: a close may come between the call and the task's first turn
-        await operation()
-
-    async def _quiesce(self, task: asyncio.Task[None]) -> None:
+    async def _quiesce(self, ending: asyncio.Future[None]) -> None:
         """The caller gave up: a short operation may end by itself, else its endpoint is closed, which ends it."""
-        await asyncio.wait((task,), timeout=_GRACE_S)
-        if not task.done():
+        await asyncio.wait((ending,), timeout=_GRACE_S)
+        if not ending.done():
             await self.close()
-        while not task.done():
-            await asyncio.wait((task,), timeout=_GRACE_S)
-            if not task.done():
+        while not ending.done():
+            await asyncio.wait((ending,), timeout=_GRACE_S)
+            if not ending.done():
                 _log.error("ucx_receive_outlives_its_endpoint")
-        if not task.cancelled():
-            task.exception()
+        if not ending.cancelled():
+            ending.exception()
 
     def _check_open(self) -> None:
         if self.closed:
@@ -171,6 +164,7 @@ class UcxConnection:
         self._watch.close()
         for endpoint in self._endpoints:
             endpoint.abort()
+        self._lane.wake()
         self._drop_when_unused()
 
     @contextlib.contextmanager

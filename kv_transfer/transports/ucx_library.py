@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Protocol, cast
 
 from kv_transfer.transport import Buffer
@@ -26,11 +26,13 @@ class Arrival(Protocol):
 
 
 class Endpoint(Protocol):
-    async def send(self, buffer: Buffer | bytes, tag: int | None = None, force_tag: bool = False) -> None: ...
+    def send(
+        self, buffer: Buffer | bytes, tag: int | None = None, force_tag: bool = False
+    ) -> Coroutine[None, None, None]: ...
 
     def tag_probe(self, tag: int | None = None, force_tag: bool = False, remove: bool = False) -> Arrival: ...
 
-    async def recv_with_handle(self, buffer: Buffer | bytearray, probe_result: Arrival) -> None: ...
+    def recv_with_handle(self, buffer: Buffer | bytearray, probe_result: Arrival) -> Coroutine[None, None, None]: ...
 
     def abort(self) -> None: ...
 
@@ -51,6 +53,15 @@ class Listener(Protocol):
 class _Worker(Protocol):
     def progress_once(self) -> bool:
         """True where something moved."""
+
+    def init_blocking_progress_mode(self) -> None:
+        """Makes the descriptor."""
+
+    def arm(self) -> bool:
+        """True where the descriptor tells of the next event; False where there is something to progress."""
+
+    @property
+    def epoll_file_descriptor(self) -> int: ...
 
 
 class Context(Protocol):
