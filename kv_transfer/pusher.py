@@ -16,6 +16,11 @@ from kv_transfer.tags import TagRange
 from pdserve.errors import InternalError, PdserveError, TransferFailed
 from pdserve.v1 import handoff_pb2
 
+# Layers of a chunk become ready one by one while the next is computed. Those that are not of the last chunk may wait for one another:
+# each message that goes by itself wakes both sides, for more than its bytes take.
+GATHER_S = 0.03
+GATHER_BYTES = 2 * 2**20
+
 Put = Callable[[handoff_pb2.HandoffRequest], None]
 OnError = Callable[[PdserveError], None]
 
@@ -82,15 +87,17 @@ class SegmentPusher:
                 self._all_put = coverage.complete
                 await self._news()
                 continue
-            span = _without_cached(self._pending.pop(), cutting.first_block)
-            if span is None:
-                continue
-            if (problem := coverage.problem(span)) is not None:
-                raise InternalError(f"KV announced wrongly: {problem}.")
-            coverage.add(span)
-            for piece in cutter.cut(span):
-                await link.window.acquire()
-                self._send(piece, plan.block_bytes, link)
+            await self._gather(cutting.blocks, plan.block_bytes)
+            while self._pending:
+                span = _without_cached(self._pending.pop(), cutting.first_block)
+                if span is None:
+                    continue
+                if (problem := coverage.problem(span)) is not None:
+                    raise InternalError(f"KV announced wrongly: {problem}.")
+                coverage.add(span)
+                for piece in cutter.cut(span):
+                    await link.window.acquire()
+                    self._send(piece, plan.block_bytes, link)
         if not coverage.complete:
             raise InternalError(f"{coverage.missing} KV blocks were never announced.")
         self._commit(self._first_tokens)
@@ -100,6 +107,16 @@ class SegmentPusher:
             self._committed = True
             commit = handoff_pb2.Commit(segment_count=self.segments, byte_count=self.bytes, first_tokens=first_tokens)
             self._put(handoff_pb2.HandoffRequest(commit=commit))
+
+    async def _gather(self, blocks: int, block_bytes: int) -> None:
+        """Until what is pending must go, or GATHER_S have passed since it was looked at first."""
+        many_blocks = max(1, GATHER_BYTES // block_bytes)
+        try:
+            async with asyncio.timeout(GATHER_S):
+                while self._first_tokens is None and not self._pending.urgent(blocks, many_blocks):
+                    await self._news()
+        except TimeoutError:
+            return
 
     async def _news(self) -> None:
         self._wake.clear()

@@ -68,11 +68,13 @@ class PendingSpans:
 
     def __init__(self) -> None:
         self._spans: deque[Span] = deque()
+        self._blocks = 0
 
     def __bool__(self) -> bool:
         return bool(self._spans)
 
     def add(self, span: Span) -> None:
+        self._blocks += span.block_count
         last = self._spans[-1] if self._spans else None
         if last is not None and last.layer == span.layer and last.end_block == span.first_block:
             self._spans[-1] = Span(span.layer, last.first_block, last.block_count + span.block_count)
@@ -80,7 +82,13 @@ class PendingSpans:
             self._spans.append(span)
 
     def pop(self) -> Span:
-        return self._spans.popleft()
+        span = self._spans.popleft()
+        self._blocks -= span.block_count
+        return span
+
+    def urgent(self, end_block: int, many_blocks: int) -> bool:
+        """True where the prompt's last block, `end_block` - 1, is among them, so that little more comes; or they are many."""
+        return self._blocks >= many_blocks or any(span.end_block >= end_block for span in self._spans)
 
 
 class Coverage:

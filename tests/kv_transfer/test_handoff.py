@@ -87,6 +87,46 @@ async def test_a_layer_leaves_as_soon_as_it_exists(rig: Rig) -> None:
     assert_equal_blocks(rig, (1, 2), (5, 6))
 
 
+async def test_layers_of_a_chunk_leave_after_a_while_though_the_prompt_goes_on(rig: Rig) -> None:
+    handoff = rig.start(rig.reserve((5, 6), 32), 32)
+    handoff.source_blocks((1, 2))
+    handoff.kv_ready(0, 0, 1)
+    await eventually(lambda: block_bytes_of(rig.target, 0, 5) == block_bytes_of(rig.source, 0, 1))
+    handoff.abort(None)
+    await handoff.outcome()
+
+
+async def test_layers_of_a_chunk_wait_for_each_other_and_leave_with_the_last_chunk(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kv_transfer.pusher.GATHER_S", 3600.0)
+    handoff = rig.start(rig.reserve((5, 6), 32), 32)
+    handoff.source_blocks((1, 2))
+    for layer in range(4):
+        handoff.kv_ready(layer, 0, 1)
+    await eventually(lambda: handoff._pusher._link is not None)
+    assert handoff._pusher.segments == 0
+    handoff.kv_ready(0, 1, 1)
+    await eventually(lambda: block_bytes_of(rig.target, 0, 6) == block_bytes_of(rig.source, 0, 2))
+    for layer in (1, 2, 3):
+        handoff.kv_ready(layer, 1, 1)
+    handoff.finish([(0, 1)])
+    assert (await handoff.outcome()).error is None
+    assert_equal_blocks(rig, (1, 2), (5, 6))
+
+
+async def test_a_prompt_that_ends_early_does_not_wait_for_what_cannot_come(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kv_transfer.pusher.GATHER_S", 3600.0)
+    handoff = rig.start(rig.reserve((5, 6), 32), 32)
+    handoff.source_blocks((1, 2))
+    handoff.kv_ready(0, 0, 1)
+    await eventually(lambda: handoff._pusher._link is not None)
+    handoff.finish([(0, 1)])
+    assert isinstance((await handoff.outcome()).error, InternalError)
+
+
 async def test_a_prompt_that_ends_after_its_kv_has_left_is_committed_in_the_same_turn(rig: Rig) -> None:
     handoff = rig.start(rig.reserve((5, 6), 32), 32)
     handoff.source_blocks((1, 2))

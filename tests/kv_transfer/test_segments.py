@@ -74,6 +74,20 @@ def test_adjacent_spans_of_a_layer_merge_while_they_wait() -> None:
     assert not pending
 
 
+def test_pending_spans_are_urgent_with_the_last_block_or_when_they_are_many() -> None:
+    pending = PendingSpans()
+    pending.add(Span(0, 0, 2))
+    pending.add(Span(1, 0, 2))
+    assert not pending.urgent(end_block=8, many_blocks=5)
+    assert pending.urgent(end_block=8, many_blocks=4)
+    assert pending.urgent(end_block=2, many_blocks=5)
+    pending.add(Span(0, 6, 2))
+    assert pending.urgent(end_block=8, many_blocks=100)
+    while pending:
+        pending.pop()
+    assert not pending.urgent(end_block=8, many_blocks=1)
+
+
 @given(st.permutations([(layer, block) for layer in range(3) for block in range(2, 7)]))
 def test_coverage_is_complete_after_each_block_came_once(order: list[tuple[int, int]]) -> None:
     coverage = Coverage(3, 2, 7)
