@@ -1,7 +1,6 @@
 """Owns the progress of one event loop: what moves is turned at every turn of the loop, what rests every few milliseconds.
 
-What waits for its peer, and has nothing to do until then, sleeps: the loop goes on when its descriptor is readable. Turning all the
-time until the peer has moved took a prefill worker as long as all else of a hand-off.
+What waits for its peer, and has nothing to do until then, sleeps: the loop goes on when its descriptor is readable.
 """
 
 from __future__ import annotations
