@@ -1,6 +1,7 @@
 """Owns placement: Filter -> Score -> Pick over an immutable snapshot. Pure; chance comes from the caller's `rng`.
 
-Candidates are pairs (prefill worker, decode worker), and single workers that hold both roles ("local"). Where neither exists
+Candidates are pairs (prefill worker, decode worker), and single workers that hold both roles ("local"). Where one token is all that
+is wanted, a prefill worker is local too, and there are no pairs: that token comes with the prompt's KV. Where nobody is a candidate
 because a pool is empty, any worker that is ready may serve alone ("last_resort"), so that losing a pool does not end service.
 Pairs are formed only of the best few of each side: with hundreds of workers, the others cannot win unless those few do not fit.
 """
@@ -81,9 +82,8 @@ def split_sides(snapshot: FleetSnapshot, demand: Demand, policy: Policy) -> Side
         decode_cost = 0.0 if decode else sum(policy.decode_terms(view, demand))
         _enter(sides.prefill, sides.prefill_refusals, prefill, prefill_cost, view)
         _enter(sides.decode, sides.decode_refusals, decode, decode_cost, view)
-        if not prefill and not decode:
-            joint = sum(policy.joint_terms(view, view, demand))
-            sides.local.append(Scored(prefill_cost + decode_cost + joint, "local", view, view))
+        if not prefill and (not decode or (demand.one_token and not view.decode)):
+            sides.local.append(Scored(alone_score(view, demand, policy), "local", view, view))
     return sides
 
 
@@ -98,6 +98,8 @@ def _enter(
 
 def pairs(sides: Sides, demand: Demand, policy: Policy) -> list[Scored]:
     """Scored pairs of the best few of each side; of everybody, where none of those fit together."""
+    if demand.one_token and sides.local:
+        return []
     prefills = sorted(sides.prefill, key=_cost)
     decodes = sorted(sides.decode, key=_cost)
     found = _paired(prefills[:PAIRED_WIDTH], decodes[:PAIRED_WIDTH], demand, policy)

@@ -77,5 +77,10 @@ class Demand:
     reused: Reused = "prefix"
     recomputed_tokens: int = 0
 
+    @property
+    def one_token(self) -> bool:
+        """It ends with the token that the prompt itself gives: nobody decodes on, so there is no KV to hand over."""
+        return self.limit_tokens - self.tokens <= 1
+
     def reuse_at(self, view: WorkerView) -> Reuse:
         return self.reuse.get(view.worker_id, NO_REUSE)

@@ -74,6 +74,25 @@ def test_equals_are_drawn_at_random_with_the_given_rng() -> None:
     assert placed(*workers).reason == "tie"
 
 
+ONE_TOKEN = Demand(tokens=100, limit_tokens=101, choices=1)
+
+
+def test_one_token_is_computed_where_the_prompt_is_and_nothing_is_handed_over() -> None:
+    busy = replace(worker("p0"), pending_prefill_tokens=500)
+    assert names(placed(busy, worker("p1"), worker("d0"), demand=ONE_TOKEN)) == ("local", "p1", "p1")
+    assert names(placed(worker("p0"), worker("d0"), demand=DEMAND)) == ("split", "p0", "d0")
+    (local, *refused) = explained(worker("p0"), worker("d0"), demand=ONE_TOKEN).candidates
+    assert (local.kind, local.prefill_worker, local.refusal) == ("local", "p0", "")
+    assert {each.refusal for each in refused} == {"role_not_held"}
+
+
+def test_one_token_waits_for_a_prefill_worker_that_is_full_rather_than_go_to_one_that_decodes() -> None:
+    full = replace(worker("p0"), pending_prefill_tokens=100_000)
+    outcome = placed(full, worker("d0"), demand=ONE_TOKEN)
+    assert outcome.pick is None
+    assert outcome.shortage == "capacity"
+
+
 def test_a_worker_with_both_roles_serves_alone_while_it_is_idle() -> None:
     assert names(placed(worker("b0"), worker("p0"), worker("d0")))[0] == "local"
     decoding = replace(worker("b0"), sequences=6)
@@ -189,11 +208,17 @@ _WORKERS = st.builds(
 )  # fmt: skip
 
 
-@given(st.lists(_WORKERS, max_size=12), st.integers(1, 400), st.integers(1, 4), st.integers(0, 5))
+@given(
+    st.lists(_WORKERS, max_size=12),
+    st.integers(1, 400),
+    st.sampled_from([1, 20]),
+    st.integers(1, 4),
+    st.integers(0, 5),
+)
 def test_nobody_is_picked_who_was_refused_and_nobody_better_was_passed_over(
-    workers: list[WorkerView], tokens: int, choices: int, seed: int
+    workers: list[WorkerView], tokens: int, wanted: int, choices: int, seed: int
 ) -> None:
-    demand = Demand(tokens, tokens + 20, choices)
+    demand = Demand(tokens, tokens + wanted, choices)
     snapshot = FleetSnapshot(tuple(workers))
     outcome = place(snapshot, demand, POLICY, Random(seed))
     assert (outcome.pick is None) == (outcome.shortage is not None)
