@@ -1,7 +1,8 @@
 """Owns the blame for the death of a worker: which of the prompts it had may have killed it, and which is poison. Pure.
 
 Suspected are the prompts that its engine computed; where it computed none, those that waited there. Poison is the one among them
-that was suspected at an earlier death too. Placement keeps those that were apart, so that there is one at most: a prompt that kills
+that was suspected at an earlier death too; having waited is weaker evidence, and takes two earlier ones: workers may all die of
+something else at once, and a prompt that comes just then waits at several of them. Placement keeps those that were apart, so that there is one at most: a prompt that kills
 whatever computes it kills two workers, never a third, and an innocent one is refused only where two workers died while they computed
 it and no other prompt was at both deaths.
 """
@@ -29,7 +30,8 @@ def blame(present: Iterable[Present]) -> dict[int, Blame]:
     everybody = list(present)
     computed = {each.key: each.deaths for each in everybody if each.computing}
     suspects = computed or {each.key: each.deaths for each in everybody}
-    again = [key for key, deaths in suspects.items() if deaths]
+    enough = 1 if computed else 2
+    again = [key for key, deaths in suspects.items() if deaths >= enough]
     # Two that were at earlier deaths came together before these were known: they are told apart at the next one.
     poison = again[0] if len(again) == 1 else None
     return {key: "poison" if key == poison else "suspect" for key in suspects}

@@ -19,7 +19,7 @@ from engine.protocol import (
     WriterDone,
 )
 from kv_transfer.receiver import ReceivedReport
-from pdserve.errors import Cancelled, NoCapacity, PdserveError, TransferFailed, error_from_reason
+from pdserve.errors import Cancelled, NoCapacity, PdserveError, TransferFailed, WorkerLost, error_from_reason
 from pdserve.v1 import worker_pb2
 from worker_runtime.dispatches import DispatchEvent, record_first_tokens
 from worker_runtime.holding import RoleName
@@ -62,7 +62,14 @@ class DecodeService:
         )
         if work is not None:
             context.dispatches.admit(work, controller_id, LocalDispatch(context, work))
-            context.entrance.submit(Submit(work, "generate"))
+            self._submit(work)
+
+    def _submit(self, work: Work) -> None:
+        """An engine that is gone never saw it: whoever looks for what the engine died of need not suspect it."""
+        try:
+            self._context.entrance.submit(Submit(work, "generate"))
+        except WorkerLost:
+            self._context.reports.failed(work.dispatch, self._context.holding.lose_engine())
 
     def _reserve_refusal(self, work: Work) -> PdserveError | None:
         context = self._context

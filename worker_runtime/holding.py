@@ -1,4 +1,4 @@
-"""Owns what a worker may take on: the roles that it holds now, and whether it drains. Pure."""
+"""Owns what a worker may take on: the roles that it holds now, whether it drains, and whether it has an engine. Pure."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Holding:
     def __init__(self, roles: Iterable[RoleName]) -> None:
         self._roles = frozenset(roles)
         self._draining = False
+        self._engine_lost = False
 
     @property
     def roles(self) -> frozenset[RoleName]:
@@ -25,7 +26,8 @@ class Holding:
 
     @property
     def draining(self) -> bool:
-        return self._draining
+        """Takes nothing any more."""
+        return self._draining or self._engine_lost
 
     def set_roles(self, roles: Iterable[RoleName]) -> None:
         self._roles = frozenset(roles)
@@ -34,8 +36,15 @@ class Holding:
         """There is no way back: a drained worker ends."""
         self._draining = True
 
+    def lose_engine(self) -> NoCapacity:
+        """What comes from now on is refused, as the answer says: so that nobody thinks that it was here when the engine died."""
+        self._engine_lost = True
+        return NoCapacity("This worker's engine is gone.")
+
     def refusal(self, role: RoleName | None) -> NoCapacity | None:
         """Why work of `role` (None: of any role) is not taken; the controller tries another worker."""
+        if self._engine_lost:
+            return self.lose_engine()
         if self._draining:
             return NoCapacity("This worker is draining.")
         if role is not None and role not in self._roles:

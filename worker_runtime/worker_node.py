@@ -194,8 +194,12 @@ class WorkerNode:
         self._hub.heartbeat()
 
     async def _consume(self) -> None:
-        async for event in self._link.events():
-            self._events.route(event)
+        try:
+            async for event in self._link.events():
+                self._events.route(event)
+        finally:
+            self._holding.lose_engine()  # sessions stay open a little longer, and controllers still send work
+            self._hub.heartbeat()
 
     async def _beat(self) -> None:
         while True:

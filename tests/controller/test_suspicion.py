@@ -17,8 +17,13 @@ def test_only_what_was_computed_is_suspected() -> None:
 
 
 def test_where_nothing_was_computed_those_that_waited_are_suspected() -> None:
-    assert blame([Present(1, False, 0), Present(2, False, 1)]) == {1: "suspect", 2: "poison"}
+    assert blame([Present(1, False, 0), Present(2, False, 2)]) == {1: "suspect", 2: "poison"}
     assert blame([]) == {}
+
+
+def test_a_prompt_that_waited_at_two_deaths_and_was_computed_at_none_is_not_refused_yet() -> None:
+    assert blame([Present(1, False, 1)]) == {1: "suspect"}
+    assert blame([Present(1, True, 1)]) == {1: "poison"}
 
 
 def test_the_one_that_was_at_both_deaths_is_poison_and_the_others_stay_suspected() -> None:

@@ -36,6 +36,18 @@ def test_prefill_is_taken_by_its_role_alone_and_not_while_draining() -> None:
     assert prefill_worker.admission.refusal(work(), prefill, load(0), 100) is not None
 
 
+def test_a_worker_whose_engine_is_gone_takes_nothing_and_says_so() -> None:
+    holding = Holding({"prefill", "decode"})
+    holding.lose_engine()
+    assert holding.draining
+    refusals = [
+        prefill_worker.admission.refusal(work(), holding, load(0), 100),
+        decode_worker.admission.reserve_refusal(work(), holding, 0, 4),
+        decode_worker.admission.generate_refusal(work(), holding, load(0), 100),
+    ]
+    assert [str(each) for each in refusals] == ["This worker's engine is gone."] * 3
+
+
 def test_a_long_prompt_is_taken_where_none_waits_and_refused_behind_a_long_queue() -> None:
     holding = Holding({"prefill", "decode"})
     for refusal in (prefill_worker.admission.refusal, decode_worker.admission.generate_refusal):
