@@ -2,9 +2,9 @@
 
 Suspected are the prompts that its engine computed; where it computed none, those that waited there. Poison is the one among them
 that was suspected at an earlier death too; having waited is weaker evidence, and takes two earlier ones: workers may all die of
-something else at once, and a prompt that comes just then waits at several of them. Placement keeps those that were apart, so that there is one at most: a prompt that kills
-whatever computes it kills two workers, never a third, and an innocent one is refused only where two workers died while they computed
-it and no other prompt was at both deaths.
+something else at once, and a prompt that comes just then waits at several of them. Placement keeps those that were apart, so that
+there is one at most: a prompt that kills whatever computes it kills two workers, never a third, and an innocent one is refused only
+where two workers died while they computed it and no other prompt was at both deaths.
 """
 
 from __future__ import annotations
