@@ -2,8 +2,8 @@
 
 `python -m benchmarks.mixed_load [--full]`. Clusters of the shipped model, one thread per worker: one worker that cuts prompts into
 chunks, one that does not, a prefill and a decode worker, and these two with a core of its own each. The solo value of each is its own
-without the prompts. What the prompts add is told apart: the KV of those of one token is sent to the decode worker and not used there;
-those of two decode one step over their whole context. With two or more of them in a hundred steps, P99 is the time
+without the prompts. What the prompts add is told apart: those of one token are computed by the prefill worker alone, nothing is handed
+over; those of two decode one step over their whole context. With two or more of them in a hundred steps, P99 is the time
 of such a step. That step alone is one floor: the same streams while one sequence as long as those prompts decodes beside them all the
 time, and no other arrives. What sharing caches and memory with one busy core can cost is told by a process that only copies memory:
 beside the streams alone, and beside the streams and that sequence. It takes more of them than a prefill does, so it is no floor.
@@ -34,7 +34,7 @@ from benchmarks.report import Measurement, Mode, Result, compare, measure, resul
 
 STREAMS, PROMPT, OUTPUT = 4, 64, 600
 LONG_CLIENTS, LONG_PROMPT = 2, 3000
-HANDED_OFF, PREFILLED_ONLY = 2, 1  # tokens of a long prompt's answer
+HANDED_OFF, PREFILLED_ONLY = 2, 1  # tokens of a long prompt's answer: one is not handed off
 LONG_OUTPUT = 1000  # tokens of a long sequence that decodes all the time; with its prompt it fits the model's context
 PREFILL_S = (
     1.5  # for such a prompt before the streams begin; what is left of it then is one arrival in thousands of steps
