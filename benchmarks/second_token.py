@@ -3,8 +3,8 @@
 `python -m benchmarks.second_token [--full]`. A real cluster (1 prefill + 1 decode worker) of a random 100M-parameter Llama. Prompts of
 fresh random tokens are asked through the SDK, one at a time, split over both workers by each transport and whole on the decode
 worker, in turns. The second token behind a hand-off waits for what of the KV was not sent during the prefill. The time to the first
-stands beside it: whatever delays the first token shortens the gap behind it. --threads says whether cores are left: with 2 on a machine of
-4 controller and io processes run on the engines' cores, with 1 they have their own.
+stands beside it: whatever delays the first token shortens the gap behind it. --threads says whether cores are left: with 2 on a
+machine of 4 controller and io processes run on the engines' cores, with 1 they have their own.
 """
 
 from __future__ import annotations
