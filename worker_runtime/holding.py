@@ -39,12 +39,12 @@ class Holding:
     def lose_engine(self) -> NoCapacity:
         """What comes from now on is refused, as the answer says: so that nobody thinks that it was here when the engine died."""
         self._engine_lost = True
-        return NoCapacity("This worker's engine is gone.")
+        return _engine_gone()
 
     def refusal(self, role: RoleName | None) -> NoCapacity | None:
         """Why work of `role` (None: of any role) is not taken; the controller tries another worker."""
         if self._engine_lost:
-            return self.lose_engine()
+            return _engine_gone()
         if self._draining:
             return NoCapacity("This worker is draining.")
         if role is not None and role not in self._roles:
@@ -53,6 +53,10 @@ class Holding:
 
     def to_proto(self) -> list[types_pb2.Role.ValueType]:
         return [_PROTO[role] for role in sorted(self._roles)]
+
+
+def _engine_gone() -> NoCapacity:
+    return NoCapacity("This worker's engine is gone.")
 
 
 def roles_from_proto(roles: Iterable[types_pb2.Role.ValueType]) -> frozenset[RoleName]:
