@@ -19,7 +19,8 @@ class EvictionPolicy(Protocol):
         """A page came in. saving_s: seconds that one hit saves over the next best source; 0: not measured."""
 
     def hit(self, key: bytes) -> None:
-        """A page was read. The pages of a chain are told last page first: a parent is never older than its child."""
+        """A request read a page; what else looks at it or copies it is no hit. The pages of a chain are told last page first: a
+        parent is never older than its child."""
 
     def victim(self, evictable: Evictable) -> bytes | None:
         """The page to evict next; None where no page is evictable. The caller removes it."""

@@ -86,7 +86,8 @@ class HostTier:
 
     @contextmanager
     def borrowed(self, ids: Sequence[PageId]) -> Iterator[list[PageBytes]]:
-        """The verified bytes of the longest readable prefix of `ids`, in place. They stay while the context is open."""
+        """The verified bytes of the longest readable prefix of `ids`, in place, for a request: a hit of each. They stay while the
+        context is open."""
         with self._lock:
             entries = self._index.pin(ids, self._clock())
         try:
@@ -97,13 +98,9 @@ class HostTier:
 
     @contextmanager
     def borrowed_each(self, ids: Sequence[PageId]) -> Iterator[list[PageBytes | None]]:
-        """Like `borrowed`, for all of `ids` that are here; None for the others."""
-        entries: list[Entry | None] = []
+        """Like `borrowed`, for all of `ids` that are here, and None for the others. To copy them to other tiers: no hit."""
         with self._lock:
-            now_s = self._clock()
-            while len(entries) < len(ids):
-                entries += self._index.pin(ids[len(entries) :], now_s)
-                entries += [None] * (len(entries) < len(ids))
+            entries = self._index.pin_each(ids, self._clock())
         try:
             yield [
                 self._contents[entry.place] if entry is not None and self._good([entry]) else None for entry in entries

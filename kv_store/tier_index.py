@@ -158,8 +158,17 @@ class TierIndex:
                 policy.hit(entry.key)
         return entries
 
+    def pin_each(self, ids: Sequence[PageId], now_s: float) -> list[Entry | None]:
+        """Those of `ids` that can be read, each with one reference more, None for the others. No hit, the policies do not hear of it:
+        for copies that no request asked for, which would make every page look used."""
+        entries = [self._readable(page_id, now_s) for page_id in ids]
+        for entry in entries:
+            if entry is not None:
+                entry.refs += 1
+        return entries
+
     def look(self, key: bytes) -> list[Entry]:
-        """Like `pin`, for one page, and no hit: the policy does not hear of it. Empty if it is not here."""
+        """Like `pin_each`, for one page, whatever its id and its age. Empty if it is not here."""
         entry = self._entries.get(key)
         if entry is None or entry.state != "ready":
             return []

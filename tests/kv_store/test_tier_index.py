@@ -151,6 +151,16 @@ class IndexMachine(RuleBasedStateMachine):
             self.of(entry).refs += 1
         self.pins.append(entries)
 
+    @rule(numbers=st.sets(NUMBERS, max_size=4).map(sorted))
+    def pin_each(self, numbers: list[int]) -> None:
+        entries = self.index.pin_each([id_of(number) for number in numbers], self.now_s)
+        expected = [key_of(number) if self.readable(number) else None for number in numbers]
+        assert [entry and entry.key for entry in entries] == expected
+        pinned = [entry for entry in entries if entry is not None]
+        for entry in pinned:
+            self.of(entry).refs += 1
+        self.pins.append(pinned)
+
     @precondition(lambda self: self.pins)
     @rule(at=st.integers(0, 5))
     def unpin(self, at: int) -> None:
