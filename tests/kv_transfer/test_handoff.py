@@ -96,15 +96,24 @@ async def test_layers_of_a_chunk_leave_after_a_while_though_the_prompt_goes_on(r
     await handoff.outcome()
 
 
-async def test_layers_of_a_chunk_wait_for_each_other_and_leave_with_the_last_chunk(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def gathers_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the last chunk does not leave before it."""
     monkeypatch.setattr("kv_transfer.pusher.GATHER_S", 3600.0)
+
+
+async def linked(rig: Rig, layers: int) -> Handoff:
+    """Of two blocks, 1 and 2 here, 5 and 6 there. So many layers of the first one exist, and could leave."""
     handoff = rig.start(rig.reserve((5, 6), 32), 32)
     handoff.source_blocks((1, 2))
-    for layer in range(4):
-        handoff.kv_ready(layer, 0, 1)
+    announce_all(handoff, 1, layers)
     await eventually(lambda: handoff._pusher._link is not None)
+    return handoff
+
+
+@pytest.mark.usefixtures("gathers_for_ever")
+async def test_layers_of_a_chunk_wait_for_each_other_and_leave_with_the_last_chunk(rig: Rig) -> None:
+    handoff = await linked(rig, layers=4)
     assert handoff._pusher.segments == 0
     handoff.kv_ready(0, 1, 1)
     await eventually(lambda: block_bytes_of(rig.target, 0, 6) == block_bytes_of(rig.source, 0, 2))
@@ -115,14 +124,9 @@ async def test_layers_of_a_chunk_wait_for_each_other_and_leave_with_the_last_chu
     assert_equal_blocks(rig, (1, 2), (5, 6))
 
 
-async def test_a_prompt_that_ends_early_does_not_wait_for_what_cannot_come(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kv_transfer.pusher.GATHER_S", 3600.0)
-    handoff = rig.start(rig.reserve((5, 6), 32), 32)
-    handoff.source_blocks((1, 2))
-    handoff.kv_ready(0, 0, 1)
-    await eventually(lambda: handoff._pusher._link is not None)
+@pytest.mark.usefixtures("gathers_for_ever")
+async def test_a_prompt_that_ends_early_does_not_wait_for_what_cannot_come(rig: Rig) -> None:
+    handoff = await linked(rig, layers=1)
     handoff.finish([(0, 1)])
     assert isinstance((await handoff.outcome()).error, InternalError)
 

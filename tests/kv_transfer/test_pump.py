@@ -61,51 +61,44 @@ def rare_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.transports.pump.ASLEEP_S", 3600.0)
 
 
-@pytest.mark.usefixtures("rare_turns")
+@pytest.fixture
+async def pump(lane: SocketLane) -> AsyncIterator[Pump]:
+    """Drives the lane."""
+    made = Pump()
+    made.add(lane)
+    yield made
+    made.remove(lane)
+    made.stop()
+
+
+@pytest.mark.usefixtures("rare_turns", "pump")
 async def test_a_lane_that_waits_for_its_peer_sleeps_until_its_descriptor_is_readable(lane: SocketLane) -> None:
-    pump = Pump()
-    pump.add(lane)
     await lane.until(lambda: lane.asleep > 0)
     lane.far.send(b"x")
     await lane.until(lambda: not lane.busy)
-    pump.remove(lane)
-    pump.stop()
 
 
 @pytest.mark.usefixtures("rare_turns")
-async def test_a_wake_ends_the_sleep(lane: SocketLane) -> None:
-    pump = Pump()
-    pump.add(lane)
+async def test_a_wake_ends_the_sleep(lane: SocketLane, pump: Pump) -> None:
     await lane.until(lambda: lane.asleep == 1)
     pump.wake()
     await lane.until(lambda: lane.asleep == 2)
-    pump.remove(lane)
-    pump.stop()
 
 
 @pytest.mark.usefixtures("rare_turns")
-async def test_a_lane_that_is_removed_while_the_loop_sleeps_is_watched_no_more(lane: SocketLane) -> None:
-    pump = Pump()
-    pump.add(lane)
+async def test_a_lane_that_is_removed_while_the_loop_sleeps_is_watched_no_more(lane: SocketLane, pump: Pump) -> None:
     await lane.until(lambda: lane.asleep == 1)
     pump.remove(lane)
     assert not asyncio.get_running_loop().remove_reader(lane.near.fileno())
-    pump.stop()
 
 
+@pytest.mark.usefixtures("pump")
 async def test_a_sleep_ends_after_a_while_though_no_descriptor_tells(lane: SocketLane) -> None:
-    pump = Pump()
-    pump.add(lane)
     await lane.until(lambda: lane.asleep >= 3)
-    pump.remove(lane)
-    pump.stop()
 
 
 @pytest.mark.usefixtures("rare_turns")
-async def test_a_lane_without_a_descriptor_is_turned_all_the_time(lane: SocketLane) -> None:
+async def test_a_lane_without_a_descriptor_is_turned_all_the_time(lane: SocketLane, pump: Pump) -> None:
     lane.armable = False
-    pump = Pump()
-    pump.add(lane)
+    pump.wake()  # out of a sleep over the descriptor that it had
     await lane.until(lambda: lane.asleep >= 3)
-    pump.remove(lane)
-    pump.stop()
