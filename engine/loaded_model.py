@@ -10,7 +10,7 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.decoder import Decoder
-from engine.kernels.library import Kernels, load_kernels
+from engine.kernels.library import Kernels, built_sets, load_kernels
 from engine.kv_memory import TORCH_DTYPES, KvMemory, open_kv_memory
 from engine.model_spec import ModelSpec
 from engine.operations import KernelOperations, TorchOperations
@@ -51,7 +51,7 @@ def load_model(model: ModelConfig, engine: EngineConfig) -> tuple[LoadedModel, K
     max_context_tokens = spec.context_limit(model.max_context_tokens)
     kv_dtype = dtype_name if engine.kv_dtype == "auto" else engine.kv_dtype
     dtype = TORCH_DTYPES[dtype_name]
-    kernels = _kernels(spec, engine, device)
+    kernels = _kernels(spec, engine, device, dtype)
     operations = TorchOperations(dtype) if kernels is None else KernelOperations(kernels)
     with Checkpoint(directory) as checkpoint:
         weights = WeightReader(checkpoint, spec, operations, dtype, device).model()
@@ -82,12 +82,19 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
-def _kernels(spec: ModelSpec, engine: EngineConfig, device: torch.device) -> Kernels | None:
+def _kernels(spec: ModelSpec, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> Kernels | None:
     """None where torch's operators compute: by configuration, on CUDA, or where no built kernel fits machine and model."""
     if engine.kernels == "torch" or device.type != "cpu":
         return None
-    kernels = load_kernels()
-    return kernels if kernels is not None and spec.head_dim % kernels.lanes == 0 else None
+    kernels = load_kernels(engine.kernels, dtype)
+    fits = kernels is not None and spec.head_dim % kernels.lanes == 0
+    if engine.kernels != "auto" and not fits:
+        raise ConfigInvalid(
+            f"engine.kernels is {engine.kernels}, but no kernels of that instruction set fit: built and usable here are "
+            f"{', '.join(built_sets()) or 'none'}, for head dimensions that are multiples of 16 (8 with avx2), and this model's "
+            f"is {spec.head_dim}. Set engine.kernels to auto or torch, or run make setup on this machine."
+        )
+    return kernels if fits else None
 
 
 def _layout(spec: ModelSpec, dtype_name: str, engine: EngineConfig, size_bytes: int) -> Layout:

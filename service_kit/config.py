@@ -74,10 +74,12 @@ class EngineConfig(Section):
         "has bound; where those are too few, or an engine has one thread, `auto` binds none and the supervisor's log says so. "
         "A worker started by hand binds to its list alone.",
     )
-    kernels: Literal["auto", "torch"] = Field(
+    kernels: Literal["auto", "avx512_bf16", "avx512", "avx2", "torch"] = Field(
         default="auto",
-        description="auto = on the CPU the C++ kernels where they are built, on CUDA torch's varlen attention where a trial at "
-        "start gives the right answers; else torch's operators.",
+        description="auto = on the CPU the C++ kernels where they are built, of the best instruction set that the machine has "
+        "(avx512_bf16, which rounds activations, for bfloat16 models alone), on CUDA torch's varlen attention where a trial at "
+        "start gives the right answers; else torch's operators. Workers on different CPUs compute the same bits if all are "
+        "given the same set, one that each of them has.",
     )
     cuda_graphs: bool = Field(
         default=True, description="On CUDA: replay what lies between attention from graphs in steps that only decode."

@@ -17,8 +17,11 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FOLDER = Path(__file__).with_name("built")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 # Of instruction sets as torch names them; the best one that the machine has is loaded.
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+ROUNDING = "AVX512_BF16"  # rounds what meets weights or KV of bfloat16
 INSTRUCTION_SETS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    ROUNDING: (*_AVX512, "-mavx512bf16"),
+    "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 _COMPILE_S = 120.0

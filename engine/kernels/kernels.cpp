@@ -1,4 +1,5 @@
 // Paged attention and linear layers on the CPU, in float32 over weights of float32 or bfloat16 and KV of these or float8 e4m3.
+// With AVX512-BF16 what meets weights or KV of bfloat16 is rounded to it, and the CPU multiplies pairs, summed in float32.
 //
 // One rule holds everywhere: a number is summed in one fixed order, whatever else is in the batch. A product of a row and a
 // column runs along their length; attention runs over keys in chunks of CHUNK from position 0, in a chunk over tiles of TILE,
@@ -32,6 +33,9 @@ constexpr int TILE = 48;    // keys between two updates of the running softmax
 constexpr int CHUNK = 768;  // keys of one partial result
 static_assert(TILE % LANES == 0 && CHUNK % TILE == 0);
 
+// Two of bfloat16, the first in the lower bits: of two tokens, two dimensions, two places along a product.
+typedef uint32_t Pair;
+
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t VecInt __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t VecBits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -53,19 +57,22 @@ struct LineAllocator {
   bool operator==(const LineAllocator&) const { return true; }
   bool operator!=(const LineAllocator&) const { return false; }
 };
-using Floats = std::vector<float, LineAllocator<float>>;
+template <typename Number>
+using Row = std::vector<Number, LineAllocator<Number>>;
+using Floats = Row<float>;
 
 // Of weights and pools; the numbers are those of _ELEMENTS in library.py. FLOAT8 is e4m3 without infinities: a sign, 4 bits of
 // exponent (bias 7), 3 of mantissa; up to 448, the code above it is NaN. It has no scale.
 enum Element : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT8 = 2 };
 
 static inline __attribute__((always_inline)) Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
-static inline __attribute__((always_inline)) Vec load(const uint16_t* from) {
-  VecBits wide = __builtin_convertvector(*reinterpret_cast<const VecHalf*>(from), VecBits) << 16;
-  Vec out;
-  std::memcpy(&out, &wide, sizeof out);
-  return out;
+static inline __attribute__((always_inline)) VecBits load(const Pair* from) { return *reinterpret_cast<const VecBits*>(from); }
+static inline __attribute__((always_inline)) VecBits load_bits(const uint16_t* from) {
+  return __builtin_convertvector(*reinterpret_cast<const VecHalf*>(from), VecBits);
 }
+static inline __attribute__((always_inline)) Vec load(const uint16_t* from) { return reinterpret_cast<Vec>(load_bits(from) << 16); }
+static inline __attribute__((always_inline)) Vec first_of(VecBits pairs) { return reinterpret_cast<Vec>(pairs << 16); }
+static inline __attribute__((always_inline)) Vec second_of(VecBits pairs) { return reinterpret_cast<Vec>(pairs & 0xffff0000u); }
 // Through float16, which is 2^8 smaller with the same fields; subnormal codes cost nothing this way.
 static inline __attribute__((always_inline)) Vec load(const uint8_t* from) {
   const VecShort wide = __builtin_convertvector(*reinterpret_cast<const VecByte*>(from), VecShort) << 7;
@@ -77,7 +84,24 @@ static inline __attribute__((always_inline)) Vec load(const uint8_t* from) {
 #endif
 }
 static inline __attribute__((always_inline)) void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+static inline __attribute__((always_inline)) void store(Pair* to, VecBits value) { *reinterpret_cast<VecBits*>(to) = value; }
 static inline __attribute__((always_inline)) Vec splat(float value) { return value - Vec{}; }
+static inline __attribute__((always_inline)) VecBits splat(Pair value) { return value - VecBits{}; }
+
+static inline __attribute__((always_inline)) void store_together(float* to, Vec alone, Vec) { store(to, alone); }
+
+// sum + one * two. Of pairs both products are added, the same way wherever the sum stands.
+static inline __attribute__((always_inline)) Vec add_product(Vec sum, Vec one, Vec two) { return sum + one * two; }
+#if defined(__AVX512BF16__)
+static inline __attribute__((always_inline)) Vec add_product(Vec sum, VecBits one, VecBits two) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(one), reinterpret_cast<__m512bh>(two));
+}
+// To the nearest, ties to even.
+static inline __attribute__((always_inline)) VecHalf halves_of(Vec wide) { return reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(wide)); }
+static inline __attribute__((always_inline)) void store_together(Pair* to, Vec first, Vec second) {
+  store(to, __builtin_convertvector(halves_of(first), VecBits) | __builtin_convertvector(halves_of(second), VecBits) << 16);
+}
+#endif
 
 // Of NaN and a number the second.
 static inline __attribute__((always_inline)) Vec larger(Vec one, Vec two) {
@@ -196,8 +220,8 @@ enum Finish : int {
 struct Linear {
   const float* x;     // [rows, k_count]
   long rows, k_count;
-  const void* w;      // [panels][k_count][PANEL]
-  int half;           // bfloat16
+  const void* w;      // [panels][k_count][PANEL], of bfloat16 [panels][k_count / 2][PANEL][2]
+  int half;           // bfloat16: k_count is even
   int finish;         // Finish
   const float* bias;  // [panels][PANEL] or null
   const float* onto;  // [rows, columns]
@@ -208,50 +232,66 @@ struct Linear {
 // Weights that are fetched while others are multiplied: memory and sums would else take turns.
 struct Stream {
   const char *at, *end;
-  int burst;  // lines of every four steps along the panel
+  int burst;  // cache lines for every four lines of the panel
 
   inline __attribute__((always_inline)) void fetch() {
     for (int i = 0; i < burst && at < end; i++, at += LINE) __builtin_prefetch(at, 0, 2);
   }
 };
 
-// sums [ROWS][PANEL] += ROWS rows of x times a stretch of a panel; `begin`: of 0 instead.
-template <int ROWS, typename Weight>
-static inline __attribute__((always_inline)) void stretch_rows(const float* x, long x_stride, const Weight* w, long count, bool begin,
+// sum += ROWS rows of x times one line of a panel: PANEL numbers, or PANEL pairs of them.
+template <int ROWS, typename Number>
+static inline __attribute__((always_inline)) void add_line(const Number* x, long x_stride, const Number* line, Vec (&sum)[ROWS][WIDE]) {
+  decltype(load(line)) column[WIDE];
+  for (int v = 0; v < WIDE; v++) column[v] = load(line + v * LANES);
+  for (int r = 0; r < ROWS; r++) {
+    const auto value = splat(x[r * x_stride]);
+    for (int v = 0; v < WIDE; v++) sum[r][v] = add_product(sum[r][v], value, column[v]);
+  }
+}
+template <int ROWS>
+static inline __attribute__((always_inline)) void add_line(const float* x, long x_stride, const Pair* line, Vec (&sum)[ROWS][WIDE]) {
+  float wide[2 * PANEL];
+  for (int v = 0; v < PANEL; v += LANES) store(wide + v, first_of(load(line + v))), store(wide + PANEL + v, second_of(load(line + v)));
+  add_line<ROWS, float>(x, x_stride, wide, sum);
+  add_line<ROWS, float>(x + 1, x_stride, wide + PANEL, sum);
+}
+
+// Numbers of a row for each line of a panel.
+template <typename Number, typename Weight>
+constexpr int PER_LINE = std::is_same_v<Weight, Pair> && std::is_same_v<Number, float> ? 2 : 1;
+
+// sums [ROWS][PANEL] += ROWS rows of x times some lines of a panel; `begin`: of 0 instead.
+template <int ROWS, typename Number, typename Weight>
+static inline __attribute__((always_inline)) void stretch_rows(const Number* x, long x_stride, const Weight* w, long lines, bool begin,
                                                                float* sums, Stream& next) {
+  constexpr int EACH = PER_LINE<Number, Weight>;
   Vec sum[ROWS][WIDE];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < WIDE; v++) sum[r][v] = begin ? Vec{} : load(sums + r * PANEL + v * LANES);
-  const auto step = [&](long k) __attribute__((always_inline)) {
-    Vec column[WIDE];
-    for (int v = 0; v < WIDE; v++) column[v] = load(w + k * PANEL + v * LANES);
-    for (int r = 0; r < ROWS; r++) {
-      const Vec value = splat(x[r * x_stride + k]);
-      for (int v = 0; v < WIDE; v++) sum[r][v] += value * column[v];
-    }
-  };
-  long k = 0;
-  for (; k + 4 <= count; k += 4) {
+  const auto step = [&](long i) __attribute__((always_inline)) { add_line<ROWS>(x + i * EACH, x_stride, w + i * PANEL, sum); };
+  long i = 0;
+  for (; i + 4 <= lines; i += 4) {
     next.fetch();
-    step(k);
-    step(k + 1);
-    step(k + 2);
-    step(k + 3);
+    step(i);
+    step(i + 1);
+    step(i + 2);
+    step(i + 3);
   }
-  for (; k < count; k++) step(k);
+  for (; i < lines; i++) step(i);
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < WIDE; v++) store(sums + r * PANEL + v * LANES, sum[r][v]);
 }
 
-template <typename Weight>
-static void stretch(int rows, const float* x, long x_stride, const Weight* w, long count, bool begin, float* sums, Stream& next) {
+template <typename Number, typename Weight>
+static void stretch(int rows, const Number* x, long x_stride, const Weight* w, long lines, bool begin, float* sums, Stream& next) {
   switch (rows) {
-    case 1: return stretch_rows<1>(x, x_stride, w, count, begin, sums, next);
-    case 2: return stretch_rows<2>(x, x_stride, w, count, begin, sums, next);
-    case 3: return stretch_rows<3>(x, x_stride, w, count, begin, sums, next);
-    case 4: return stretch_rows<4>(x, x_stride, w, count, begin, sums, next);
-    case 5: return stretch_rows<5>(x, x_stride, w, count, begin, sums, next);
-    default: return stretch_rows<GEMM_ROWS>(x, x_stride, w, count, begin, sums, next);
+    case 1: return stretch_rows<1>(x, x_stride, w, lines, begin, sums, next);
+    case 2: return stretch_rows<2>(x, x_stride, w, lines, begin, sums, next);
+    case 3: return stretch_rows<3>(x, x_stride, w, lines, begin, sums, next);
+    case 4: return stretch_rows<4>(x, x_stride, w, lines, begin, sums, next);
+    case 5: return stretch_rows<5>(x, x_stride, w, lines, begin, sums, next);
+    default: return stretch_rows<GEMM_ROWS>(x, x_stride, w, lines, begin, sums, next);
   }
 }
 
@@ -268,38 +308,100 @@ static void finish_row(const Linear& l, long row, long panel, float* sums) {
   std::memcpy(l.y + place, sums, count * sizeof(float));
 }
 
-// Rows [first, end) of the columns of one panel. `ahead`: a panel follows that this thread will want next.
-static void linear_task(const Linear& l, long panel, long first, long end, bool ahead, Floats& sums,
-                        Floats& widened) {
-  const long stretches = (l.k_count + STRETCH - 1) / STRETCH, length = (l.k_count + stretches - 1) / stretches;
-  const long size = l.half ? 2 : 4, rows = end - first;
-  const char* w = static_cast<const char*>(l.w) + panel * l.k_count * PANEL * size;
-  const bool widen = l.half && rows >= WIDEN_FROM_ROWS, fetch = rows > GEMM_ROWS && rows <= FETCH_UP_TO_ROWS;
-  sums.resize((stretches > 1 ? rows : GEMM_ROWS) * PANEL);
-  for (long k = 0; k < l.k_count; k += length) {
-    const long count = std::min(length, l.k_count - k);
-    const char *here = w + k * PANEL * size, *after = here + count * PANEL * size;
-    const bool last = k + count == l.k_count;
-    const long follows = last ? (ahead ? std::min(length, l.k_count) : 0) : std::min(length, l.k_count - k - count);
-    Stream next{after, fetch ? after + follows * PANEL * size : after, 0};
-    if (widen) {
-      widened.resize(length * PANEL);
-      const uint16_t* narrow = reinterpret_cast<const uint16_t*>(here);
-      for (long i = 0; i < count * PANEL; i += LANES) store(widened.data() + i, load(narrow + i));
+#if !defined(__AVX512BF16__)
+// Pairs of lines, one after the other, as float32.
+static void widen_lines(const Pair* from, long count, Floats& widened) {
+  widened.resize(2 * count * PANEL);
+  for (long line = 0; line < count; line++) {
+    float* to = widened.data() + 2 * line * PANEL;
+    for (int c = 0; c < PANEL; c += LANES) {
+      const VecBits pairs = load(from + line * PANEL + c);
+      store(to + c, first_of(pairs));
+      store(to + PANEL + c, second_of(pairs));
     }
+  }
+}
+#endif
+
+// Rows [first, end) of the columns of one panel. x: rows of l.x, perhaps as pairs. `ahead`: a panel follows that this thread will
+// want next.
+template <typename Number, typename Weight>
+static void linear_task(const Linear& l, const Number* x, long x_stride, long panel, long first, long end, bool ahead, Floats& sums,
+                        Floats& widened) {
+  constexpr bool NARROW = PER_LINE<Number, Weight> == 2;  // weights of bfloat16 that are multiplied as float32
+  const long all = std::is_same_v<Weight, Pair> ? l.k_count / 2 : l.k_count, rows = end - first;
+  const long stretches = (l.k_count + STRETCH - 1) / STRETCH, length = (all + stretches - 1) / stretches;
+  const Weight* w = static_cast<const Weight*>(l.w) + panel * all * PANEL;
+  const bool widen = NARROW && rows >= WIDEN_FROM_ROWS, fetch = rows > GEMM_ROWS && rows <= FETCH_UP_TO_ROWS;
+  sums.resize((stretches > 1 ? rows : GEMM_ROWS) * PANEL);
+  for (long line = 0; line < all; line += length) {
+    const long count = std::min(length, all - line);
+    const Weight *here = w + line * PANEL, *after = here + count * PANEL;
+    const bool last = line + count == all;
+    const long follows = last ? (ahead ? std::min(length, all) : 0) : std::min(length, all - line - count);
+    Stream next{reinterpret_cast<const char*>(after), reinterpret_cast<const char*>(fetch ? after + follows * PANEL : after), 0};
+    if constexpr (NARROW)
+      if (widen) widen_lines(here, count, widened);
     for (long row = first; row < end; row += GEMM_ROWS) {
       const int taken = static_cast<int>(std::min<long>(GEMM_ROWS, end - row));
-      const float* x = l.x + row * l.k_count + k;
+      const Number* from = x + row * x_stride + line * PER_LINE<Number, Weight>;
       float* place = sums.data() + (stretches > 1 ? (row - first) * PANEL : 0);
-      next.burst = static_cast<int>((4 * PANEL * size / LINE * taken + rows - 1) / rows);
-      if (widen) stretch(taken, x, l.k_count, widened.data(), count, k == 0, place, next);
-      else if (l.half) stretch(taken, x, l.k_count, reinterpret_cast<const uint16_t*>(here), count, k == 0, place, next);
-      else stretch(taken, x, l.k_count, reinterpret_cast<const float*>(here), count, k == 0, place, next);
+      const long due = 4 * PANEL * static_cast<long>(sizeof(Weight)) / (widen ? 2 : 1) / LINE;
+      next.burst = static_cast<int>((due * taken + rows - 1) / rows);
+      if constexpr (NARROW) {
+        if (widen) stretch(taken, from, x_stride, widened.data(), 2 * count, line == 0, place, next);
+        else stretch(taken, from, x_stride, here, count, line == 0, place, next);
+      } else {
+        stretch(taken, from, x_stride, here, count, line == 0, place, next);
+      }
       if (last)
         for (int r = 0; r < taken; r++) finish_row(l, row + r, panel, place + r * PANEL);
     }
   }
 }
+
+// Splits of rows come one after the other, the panels of each among the threads: threads read the same weights at about the same time.
+template <typename Weight, typename Number>
+static void linear(const Linear& l, const Number* x, long x_stride) {
+  const long width = l.finish == GATE ? PANEL / 2 : PANEL, panels = (l.columns + width - 1) / width;
+  const long wanted = (2 * omp_get_max_threads() + panels - 1) / panels;
+  const long splits = std::max({1L, (l.rows + SPLIT_ROWS / 2) / SPLIT_ROWS, std::min(wanted, l.rows / LEAST_SPLIT_ROWS)});
+  const long per_split = ((l.rows + splits - 1) / splits + GEMM_ROWS - 1) / GEMM_ROWS * GEMM_ROWS;
+#pragma omp parallel
+  {
+    Floats sums, widened;
+    const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), tasks = panels * splits;
+    const long stop = tasks * (thread + 1) / threads;
+    for (long task = tasks * thread / threads; task < stop; task++) {
+      const long panel = task % panels, first = task / panels * per_split, end = std::min(first + per_split, l.rows);
+      const bool ahead = task + 1 < stop && panel + 1 < panels;
+      if (first < end) linear_task<Number, Weight>(l, x, x_stride, panel, first, end, ahead, sums, widened);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Rounds to pairs along the row, to the nearest, ties to even. count: even.
+static void round_row(const float* from, long count, Pair* to) {
+  long i = 0;
+  for (; i + LANES <= count; i += LANES) *reinterpret_cast<VecHalf*>(to + i / 2) = halves_of(load(from + i));
+  for (; i < count; i += 2) {
+    uint16_t both[2];
+    store_line(both, from + i, 2);
+    std::memcpy(to + i / 2, both, sizeof both);
+  }
+}
+
+// [rows, count] -> [rows, count / 2], valid until the calling thread's next call.
+static const Pair* round_rows(const float* x, long rows, long count) {
+  static thread_local Row<Pair> kept;
+  if (kept.size() < static_cast<size_t>(rows * count / 2)) kept.resize(rows * count / 2);
+  Pair* pairs = kept.data();
+#pragma omp parallel for if (rows >= ROWS_FOR_THREADS)
+  for (long row = 0; row < rows; row++) round_row(x + row * count, count, pairs + row * (count / 2));
+  return pairs;
+}
+#endif
 
 // ---- attention
 
@@ -327,11 +429,29 @@ struct Attention {
   float* output;               // [rows, heads, dim]
 };
 
+// Calls with an element of the pool. Pairs are of bfloat16 alone.
+template <typename Number, typename Call>
+static inline void with_element(const Attention& a, const Call& call) {
+  if constexpr (std::is_same_v<Number, Pair>) {
+    call(uint16_t());
+  } else {
+    switch (a.element) {
+      case FLOAT8: return call(uint8_t());
+      case BFLOAT16: return call(uint16_t());
+      default: return call(float());
+    }
+  }
+}
+
 static inline int vectors_of(int queries) { return (queries + LANES - 1) / LANES; }
 
 // Up to PANEL queries of a task. They are columns, so that a lane is a query and no sum crosses lanes.
+// Number: float, or Pair where the pool is of bfloat16 and the CPU multiplies pairs of it: dimensions of queries and keys, tokens of
+// weights and values. There are that many fewer lines of them.
+template <typename Number>
 struct Panel {
-  Floats query, sum, merged;
+  Row<Number> query;
+  Floats sum, merged;
   int kv_head, first, queries;  // the queries [first, first + queries) of the task
   alignas(LINE) float highest[PANEL], total[PANEL], lse[PANEL], merged_lse[PANEL];
   alignas(LINE) int32_t begin[PANEL], end[PANEL];
@@ -371,18 +491,25 @@ struct Ahead {
   }
 };
 
+// Dimensions or tokens of a Number.
+template <typename Number>
+constexpr int TOGETHER_IN = std::is_same_v<Number, Pair> ? 2 : 1;
+
 // Scratch of one thread.
+template <typename Number>
 struct Scratch {
-  Panel panels[MOST_PANELS];
+  Panel<Number> panels[MOST_PANELS];
   int used;
   bool few;  // one panel per KV head, of at most FEW queries: lanes are keys
-  Floats key, value, score, few_score;
+  Row<Number> key, value, weight;  // of a tile: [token][dimensions], [tokens][dimension], [tokens][PANEL] or of few [query][tokens]
+  Floats score;                    // [token][PANEL], of few [query][TILE]
   alignas(LINE) float highest[PANEL];  // of each query's scores in a tile
   Ahead next;
 };
 
 // The sums of queries from `first` on, before another tile is added.
-static inline void rescale(int dim, int first, Panel& p, const float* factor) {
+template <typename Number>
+static inline void rescale(int dim, int first, Panel<Number>& p, const float* factor) {
   for (int q = first; q < std::min(p.queries, first + LANES); q++)
     if (factor[q - first] != 1.0f)
       for (int d = 0; d < dim; d += LANES) {
@@ -392,18 +519,18 @@ static inline void rescale(int dim, int first, Panel& p, const float* factor) {
 }
 
 // scores[t][v] of TOKENS keys against VECTORS vectors of queries, and the highest of each query.
-template <int TOKENS, int VECTORS>
-static inline __attribute__((always_inline)) void score_tokens(const float* query, const float* key, int dim,
+template <int TOKENS, int VECTORS, typename Number>
+static inline __attribute__((always_inline)) void score_tokens(const Number* query, const Number* key, int lines,
                                                                float* score, float* highest) {
   Vec sum[TOKENS][VECTORS];
   for (int t = 0; t < TOKENS; t++)
     for (int v = 0; v < VECTORS; v++) sum[t][v] = Vec{};
-  for (int d = 0; d < dim; d++) {
-    Vec column[VECTORS];
+  for (int d = 0; d < lines; d++) {
+    decltype(load(query)) column[VECTORS];
     for (int v = 0; v < VECTORS; v++) column[v] = load(query + d * VECTORS * LANES + v * LANES);
     for (int t = 0; t < TOKENS; t++) {
-      Vec value = splat(key[t * dim + d]);
-      for (int v = 0; v < VECTORS; v++) sum[t][v] += value * column[v];
+      const auto value = splat(key[t * lines + d]);
+      for (int v = 0; v < VECTORS; v++) sum[t][v] = add_product(sum[t][v], value, column[v]);
     }
   }
   for (int v = 0; v < VECTORS; v++) {
@@ -416,52 +543,61 @@ static inline __attribute__((always_inline)) void score_tokens(const float* quer
   }
 }
 
-template <int VECTORS>
-static void score_tile(const float* query, const float* key, int tokens, int dim, float* score, float* highest) {
+template <int VECTORS, typename Number>
+static void score_tile(const Number* query, const Number* key, int tokens, int lines, float* score, float* highest) {
   constexpr int TOKENS = VECTORS < WIDE ? 8 : 6;
   std::fill(highest, highest + PANEL, -INFINITY);
   for (int t = 0; t < tokens; t += TOKENS)
-    score_tokens<TOKENS, VECTORS>(query, key + t * dim, dim, score + t * PANEL, highest);
+    score_tokens<TOKENS, VECTORS>(query, key + t * lines, lines, score + t * PANEL, highest);
 }
 
-// The values of a tile, side by side, and where the weights of its tokens lie.
+// The weights of a tile and its values, side by side.
+template <typename Number>
 struct Copied {
-  const float* first;
+  const Number *weights, *values;
   int dim;
-  static constexpr int PER_TOKEN = PANEL, PER_QUERY = 1;
+  static constexpr int PER_LINE = PANEL, PER_QUERY = 1;  // of weights
   static constexpr float* totals = nullptr;
-  inline __attribute__((always_inline)) const float* value(int t) const { return first + t * dim; }
+  inline __attribute__((always_inline)) auto value(int line, int d) const { return load(values + line * dim + d); }
 };
 
-// The same in the pool.
-template <typename Element>
+// The same with values in the pool.
+template <typename Number, typename Element>
 struct Scattered {
+  const Number* weights;
   const Element* const* keys;
   long to_value;
-  float* totals;  // of each query's weights: one chain of sums, which costs nothing beside the others
-  static constexpr int PER_TOKEN = 1, PER_QUERY = TILE;
-  inline __attribute__((always_inline)) const Element* value(int t) const { return keys[t] + to_value; }
+  float* totals;  // of each query's weights, of float32: one chain of sums, which costs nothing beside the others
+  static constexpr int PER_LINE = 1, PER_QUERY = TILE / TOGETHER_IN<Number>;
+  inline __attribute__((always_inline)) auto value(int line, int d) const {
+    if constexpr (std::is_same_v<Number, Pair>) {
+      const uint16_t *first = keys[2 * line] + to_value + d, *second = keys[2 * line + 1] + to_value + d;
+      return load_bits(first) | load_bits(second) << 16;
+    } else {
+      return load(keys[line] + to_value + d);
+    }
+  }
 };
 
-// sum[q][d] += p[t][q] * value[t][d] for ROWS queries and VECTORS vectors of dimensions from d on. `beside` is called for every token.
+// sum[q][d] += weight[t][q] * value[t][d] for ROWS queries and VECTORS vectors of dimensions from d on. `beside` is called for every
+// line of tokens.
 template <int ROWS, int VECTORS, typename Source, typename Beside>
-static inline __attribute__((always_inline)) void add_values(const float* score, const Source source, int d, int dim, int tokens,
-                                                             float* sum, float* weights_total, const Beside& beside) {
+static inline __attribute__((always_inline)) void add_values(const Source source, int q, int d, int dim, int lines, float* sum,
+                                                             float* weights_total, const Beside& beside) {
   Vec total[ROWS][VECTORS];
   float all[ROWS] = {};
   for (int r = 0; weights_total && r < ROWS; r++) all[r] = weights_total[r];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++) total[r][v] = load(sum + r * dim + v * LANES);
-  for (int t = 0; t < tokens; t++) {
+  for (int i = 0; i < lines; i++) {
     beside();
-    const auto* value = source.value(t) + d;
-    Vec line[VECTORS];
-    for (int v = 0; v < VECTORS; v++) line[v] = load(value + v * LANES);
+    decltype(source.value(0, 0)) line[VECTORS];
+    for (int v = 0; v < VECTORS; v++) line[v] = source.value(i, d + v * LANES);
     for (int r = 0; r < ROWS; r++) {
-      const float alone = score[t * Source::PER_TOKEN + r * Source::PER_QUERY];
-      const Vec weight = splat(alone);
-      if (Source::PER_TOKEN == 1) all[r] += alone;
-      for (int v = 0; v < VECTORS; v++) total[r][v] += weight * line[v];
+      const auto alone = source.weights[i * Source::PER_LINE + (q + r) * Source::PER_QUERY];
+      if constexpr (Source::PER_LINE == 1 && std::is_same_v<decltype(alone), const float>) all[r] += alone;
+      const auto weight = splat(alone);
+      for (int v = 0; v < VECTORS; v++) total[r][v] = add_product(total[r][v], weight, line[v]);
     }
   }
   for (int r = 0; r < ROWS; r++)
@@ -470,11 +606,10 @@ static inline __attribute__((always_inline)) void add_values(const float* score,
 }
 
 template <int VECTORS, typename Source, typename Beside>
-static void add_values_of(const float* score, const Source& source, int d, int dim, int tokens, int queries, float* sum,
-                          const Beside& beside) {
+static void add_values_of(const Source& source, int d, int dim, int lines, int queries, float* sum, const Beside& beside) {
   const auto add = [&](auto rows, int q) __attribute__((always_inline)) {
     float* total = source.totals && d == 0 ? source.totals + q : nullptr;
-    add_values<decltype(rows)::value, VECTORS>(score + q * Source::PER_QUERY, source, d, dim, tokens, sum + q * dim, total, beside);
+    add_values<decltype(rows)::value, VECTORS>(source, q, d, dim, lines, sum + q * dim, total, beside);
   };
   int q = 0;
   for (; q + 6 <= queries; q += 6) add(std::integral_constant<int, 6>(), q);
@@ -488,31 +623,42 @@ static void add_values_of(const float* score, const Source& source, int d, int d
 }
 
 template <typename Source, typename Beside>
-static void add_all_values(const float* score, const Source& source, int dim, int tokens, int queries, float* sum,
-                           const Beside& beside) {
+static void add_all_values(const Source& source, int dim, int lines, int queries, float* sum, const Beside& beside) {
   int d = 0;
-  for (; d + WIDE * LANES <= dim; d += WIDE * LANES)
-    add_values_of<WIDE>(score, source, d, dim, tokens, queries, sum + d, beside);
-  for (; d < dim; d += LANES) add_values_of<1>(score, source, d, dim, tokens, queries, sum + d, beside);
+  for (; d + WIDE * LANES <= dim; d += WIDE * LANES) add_values_of<WIDE>(source, d, dim, lines, queries, sum + d, beside);
+  for (; d < dim; d += LANES) add_values_of<1>(source, d, dim, lines, queries, sum + d, beside);
+}
+
+template <typename Element>
+static inline __attribute__((always_inline)) void copy_key(const Element* from, int dim, float* tile, int t) {
+  for (int d = 0; d < dim; d += LANES) store(tile + t * dim + d, load(from + d));
+}
+template <typename Element>
+static inline __attribute__((always_inline)) void copy_value(const Element* from, int dim, float* tile, int t) {
+  copy_key(from, dim, tile, t);
+}
+static inline __attribute__((always_inline)) void copy_key(const uint16_t* from, int dim, Pair* tile, int t) {
+  std::memcpy(tile + t * (dim / 2), from, dim * sizeof *from);
+}
+static inline __attribute__((always_inline)) void copy_value(const uint16_t* from, int dim, Pair* tile, int t) {
+  Pair* line = tile + t / 2 * dim;
+  for (int d = 0; d < dim; d += LANES) store(line + d, t % 2 ? load(line + d) | load_bits(from + d) << 16 : load_bits(from + d));
 }
 
 // Copies the keys and values of a tile side by side, widened: lines of the pool lie far apart, and a copy waits for many of
 // them at once where sums over them would wait for one after the other. Keys past the last token stay what they were: masked.
-template <typename Element>
+template <typename Element, typename Number>
 static void copy_elements(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead,
-                          Scratch& s) {
+                          Scratch<Number>& s) {
   const long line = static_cast<long>(a.kv_heads) * a.dim, to_value = line * a.page_tokens;
   const int dim = a.dim, page_tokens = a.page_tokens;
   const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * dim;
-  float *key = s.key.data(), *value = s.value.data();
   int page = position / page_tokens, offset = position % page_tokens;
   for (int t = 0; t < tokens; page++, offset = 0) {
     const Element* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
-    for (; t < tokens && offset < page_tokens; t++, offset++, from += line, key += dim, value += dim) {
-      for (int d = 0; d < dim; d += LANES) {
-        store(key + d, load(from + d));
-        store(value + d, load(from + to_value + d));
-      }
+    for (; t < tokens && offset < page_tokens; t++, offset++, from += line) {
+      copy_key(from, dim, s.key.data(), t);
+      copy_value(from + to_value, dim, s.value.data(), t);
       if (ahead)
         for (int d = 0; d < dim; d += LINE / static_cast<int>(sizeof(Element))) {
           __builtin_prefetch(from + dim + d, 0, 2);
@@ -522,12 +668,10 @@ static void copy_elements(const Attention& a, const int32_t* blocks, int kv_head
   }
 }
 
-static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead, Scratch& s) {
-  switch (a.element) {
-    case FLOAT8: copy_elements<uint8_t>(a, blocks, kv_head, position, tokens, ahead, s); break;
-    case BFLOAT16: copy_elements<uint16_t>(a, blocks, kv_head, position, tokens, ahead, s); break;
-    default: copy_elements<float>(a, blocks, kv_head, position, tokens, ahead, s);
-  }
+template <typename Number>
+static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead, Scratch<Number>& s) {
+  const auto copy = [&](auto element) { copy_elements<decltype(element)>(a, blocks, kv_head, position, tokens, ahead, s); };
+  with_element<Number>(a, copy);
 }
 
 // ---- tiles of few queries
@@ -647,21 +791,24 @@ static inline __attribute__((always_inline)) void add_part(Vec part, const float
 }
 template <int QUERIES>
 static inline __attribute__((always_inline)) void add_part(Vec part, const float* query, Vec* sum, const uint16_t*) {
-  VecBits bits;
-  std::memcpy(&bits, &part, sizeof bits);
-  const VecBits low = bits << 16, high = bits & 0xffff0000u;
-  Vec first, second;
-  std::memcpy(&first, &low, sizeof first);
-  std::memcpy(&second, &high, sizeof second);
+  const VecBits bits = reinterpret_cast<VecBits>(part);
+  const Vec first = first_of(bits), second = second_of(bits);
   for (int q = 0; q < QUERIES; q++) sum[q] += first * splat(query[q]);
   for (int q = 0; q < QUERIES; q++) sum[q] += second * splat(query[LANES + q]);
 }
+#if defined(__AVX512BF16__)
+template <int QUERIES>
+static inline __attribute__((always_inline)) void add_part(Vec part, const Pair* query, Vec* sum, const uint16_t*) {
+  for (int q = 0; q < QUERIES; q++) sum[q] = add_product(sum[q], reinterpret_cast<VecBits>(part), splat(query[q]));
+}
+#endif
 
 // scores[q][TILE] of VECTORS vectors of keys, which are turned in registers.
-template <int QUERIES, int VECTORS, typename Element>
-static inline __attribute__((always_inline)) void score_keys(const float* query, const Element* const* keys, int dim, float* score,
+template <int QUERIES, int VECTORS, typename Number, typename Element>
+static inline __attribute__((always_inline)) void score_keys(const Number* query, const Element* const* keys, int dim, float* score,
                                                              Ahead& next) {
-  constexpr int EACH = 4 / sizeof(Element);  // dimensions of a part
+  constexpr int EACH = 4 / sizeof(Element);             // dimensions of a part
+  constexpr int NUMBERS = EACH / TOGETHER_IN<Number>;  // of a query
   const int rows = std::max(1, LANES * PARTS * EACH / dim);  // fetched while as many bytes are turned
   Vec sum[VECTORS][QUERIES];
   for (int v = 0; v < VECTORS; v++)
@@ -672,10 +819,10 @@ static inline __attribute__((always_inline)) void score_keys(const float* query,
       Vec parts[PARTS];
       turn(keys + v * LANES, d / EACH, parts);
       for (int row = 0; row < rows; row++) next.fetch_row();
-      const float* here = query + d * LANES;
+      const Number* here = query + d / EACH * NUMBERS * LANES;
       __asm__("" : "+r"(here));  // read anew for each vector: kept, these would take the registers of the sums
       for (int i = 0; i < PARTS; i++)
-        add_part<QUERIES>(parts[i], here + i * EACH * LANES, sum[v], static_cast<const Element*>(nullptr));
+        add_part<QUERIES>(parts[i], here + i * NUMBERS * LANES, sum[v], static_cast<const Element*>(nullptr));
     }
   for (int v = 0; v < VECTORS; v++)
     for (int q = 0; q < QUERIES; q++) store(score + q * TILE + v * LANES, sum[v][q]);
@@ -698,8 +845,8 @@ static inline __attribute__((always_inline)) void score_keys_wide(const float* q
   for (int q = 0; q < QUERIES; q++) store(score + q * TILE, sum[q]);
 }
 
-template <int QUERIES, typename Element>
-static void score_few(const float* query, const Element* const* keys, int tokens, int dim, float* score, Ahead& next) {
+template <int QUERIES, typename Number, typename Element>
+static void score_few(const Number* query, const Element* const* keys, int tokens, int dim, float* score, Ahead& next) {
   constexpr int VECTORS = QUERIES <= 2 ? TOGETHER : 1;
   int t = 0;
   if constexpr (sizeof(Element) == 1) {
@@ -721,7 +868,8 @@ static inline __attribute__((always_inline)) float highest_of(Vec lanes) {
 }
 
 // As mask_tile and weigh_tile, from scores [q][TILE] to weights in their place; add_values adds these to the totals.
-static void weigh_few(int dim, long position, int tokens, Panel& p, float* scores) {
+template <typename Number>
+static void weigh_few(int dim, long position, int tokens, Panel<Number>& p, float* scores) {
   VecInt lanes;
   for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
   const bool masked = position < p.most_begin || position + TILE > p.least_end;
@@ -746,12 +894,23 @@ static void weigh_few(int dim, long position, int tokens, Panel& p, float* score
   rescale(dim, 0, p, factor);
 }
 
-template <typename Element>
-static void attend_few(const Attention& a, const int32_t* blocks, long position, int tokens, Panel& p, Scratch& s) {
+#if defined(__AVX512BF16__)
+// From weights [q][TILE] to pairs of tokens, and adds them to the totals.
+static void pair_few(int tokens, Panel<Pair>& p, const float* weights, Pair* pairs) {
+  const int count = vectors_of(tokens) * LANES;
+  for (int q = 0; q < p.queries; q++) round_row(weights + q * TILE, count, pairs + q * (TILE / 2));
+  for (int q = 0; q < p.queries; q++)
+    for (int t = 0; t < tokens; t++) p.total[q] += weights[q * TILE + t];
+}
+#endif
+
+template <typename Element, typename Number>
+static void attend_few(const Attention& a, const int32_t* blocks, long position, int tokens, Panel<Number>& p, Scratch<Number>& s) {
+  constexpr bool PAIRS = std::is_same_v<Number, Pair>;
   const Element* keys[TILE];
   find_keys(a, blocks, p.kv_head, static_cast<int>(position), tokens, keys);
-  float* scores = s.few_score.data();
-  const float* query = p.query.data();
+  float* scores = s.score.data();
+  const Number* query = p.query.data();
   switch (p.queries) {
     case 1: score_few<1>(query, keys, tokens, a.dim, scores, s.next); break;
     case 2: score_few<2>(query, keys, tokens, a.dim, scores, s.next); break;
@@ -765,22 +924,31 @@ static void attend_few(const Attention& a, const int32_t* blocks, long position,
 #endif
   }
   weigh_few(a.dim, position, tokens, p, scores);
-  const Scattered<Element> values{keys, static_cast<long>(a.kv_heads) * a.dim * a.page_tokens, p.total};
-  add_all_values(scores, values, a.dim, tokens, p.queries, p.sum.data(), [&s] { s.next.fetch_row(); });
+  const Number* weights;
+  if constexpr (PAIRS) {
+    pair_few(tokens, p, scores, s.weight.data());
+    weights = s.weight.data();
+  } else {
+    weights = scores;
+  }
+  const long to_value = static_cast<long>(a.kv_heads) * a.dim * a.page_tokens;
+  const Scattered<Number, Element> source{weights, keys, to_value, PAIRS ? nullptr : p.total};
+  const int lines = (tokens + TOGETHER_IN<Number> - 1) / TOGETHER_IN<Number>;
+  add_all_values(source, a.dim, lines, p.queries, p.sum.data(), [&s] {
+    for (int i = 0; i < TOGETHER_IN<Number>; i++) s.next.fetch_row();
+  });
 }
 
-static void attend_few_of(const Attention& a, const int32_t* blocks, long position, int tokens, Panel& p, Scratch& s) {
-  switch (a.element) {
-    case FLOAT8: return attend_few<uint8_t>(a, blocks, position, tokens, p, s);
-    case BFLOAT16: return attend_few<uint16_t>(a, blocks, position, tokens, p, s);
-    default: return attend_few<float>(a, blocks, position, tokens, p, s);
-  }
+template <typename Number>
+static void attend_few_of(const Attention& a, const int32_t* blocks, long position, int tokens, Panel<Number>& p, Scratch<Number>& s) {
+  with_element<Number>(a, [&](auto element) { attend_few<decltype(element)>(a, blocks, position, tokens, p, s); });
 }
 
 // ---- tiles of many queries
 
 // Scores of keys that a query does not see become -inf; `highest` is that of the others.
-static void mask_tile(long position, int tokens, const Panel& p, float* scores, float* highest) {
+template <typename Number>
+static void mask_tile(long position, int tokens, const Panel<Number>& p, float* scores, float* highest) {
   for (int first = 0; first < p.queries; first += LANES) {
     const VecInt begin = *reinterpret_cast<const VecInt*>(p.begin + first), end = *reinterpret_cast<const VecInt*>(p.end + first);
     Vec most = splat(-INFINITY);
@@ -795,18 +963,22 @@ static void mask_tile(long position, int tokens, const Panel& p, float* scores, 
   }
 }
 
-// The running softmax over one tile: turns scores into weights, rescales what was summed before.
-static void weigh_tile(int dim, int tokens, Panel& p, float* scores, const float* tile_highest) {
+// The running softmax over one tile: from scores to weights, perhaps in their place; rescales what was summed before.
+template <typename Number>
+static void weigh_tile(int dim, int tokens, Panel<Number>& p, const float* scores, Number* weights, const float* tile_highest) {
   for (int first = 0; first < p.queries; first += LANES) {
     const Vec none = splat(-INFINITY), before = load(p.highest + first), highest = larger(load(tile_highest + first), before);
     const Vec base = highest == none ? Vec{} : highest;  // nothing visible yet: all weights are 0
     const Vec keep = exp_negative(before - base);
     Vec total = load(p.total + first) * keep;
-    for (int t = 0; t < tokens; t++) {
-      float* place = scores + t * PANEL + first;
-      const Vec weight = exp_negative(load(place) - base);
-      store(place, weight);
-      total += weight;
+    constexpr int EACH = TOGETHER_IN<Number>;
+    for (int t = 0; t < tokens; t += EACH) {
+      Vec weight[2] = {};
+      for (int i = 0; i < EACH && t + i < tokens; i++) {
+        weight[i] = exp_negative(load(scores + (t + i) * PANEL + first) - base);
+        total += weight[i];
+      }
+      store_together(weights + t / EACH * PANEL + first, weight[0], weight[1]);
     }
     store(p.highest + first, highest);
     store(p.total + first, total);
@@ -816,23 +988,33 @@ static void weigh_tile(int dim, int tokens, Panel& p, float* scores, const float
   }
 }
 
-static void attend_tile(int dim, long position, int tokens, Panel& p, Scratch& s) {
+template <typename Number>
+static void attend_tile(int dim, long position, int tokens, Panel<Number>& p, Scratch<Number>& s) {
   float* scores = s.score.data();
+  const Number *query = p.query.data(), *key = s.key.data();
+  const int dims = dim / TOGETHER_IN<Number>, lines = (tokens + TOGETHER_IN<Number> - 1) / TOGETHER_IN<Number>;
   switch (vectors_of(p.queries)) {
-    case 1: score_tile<1>(p.query.data(), s.key.data(), tokens, dim, scores, s.highest); break;
-    case 2: score_tile<2>(p.query.data(), s.key.data(), tokens, dim, scores, s.highest); break;
+    case 1: score_tile<1>(query, key, tokens, dims, scores, s.highest); break;
+    case 2: score_tile<2>(query, key, tokens, dims, scores, s.highest); break;
 #if defined(__AVX512F__)
-    case 3: score_tile<3>(p.query.data(), s.key.data(), tokens, dim, scores, s.highest); break;
-    default: score_tile<4>(p.query.data(), s.key.data(), tokens, dim, scores, s.highest); break;
+    case 3: score_tile<3>(query, key, tokens, dims, scores, s.highest); break;
+    default: score_tile<4>(query, key, tokens, dims, scores, s.highest); break;
 #endif
   }
   if (position < p.most_begin || position + TILE > p.least_end) mask_tile(position, tokens, p, scores, s.highest);
-  weigh_tile(dim, tokens, p, scores, s.highest);
-  add_all_values(scores, Copied{s.value.data(), dim}, dim, tokens, p.queries, p.sum.data(), [&s] { s.next.fetch_lines(); });
+  Number* weights;
+  if constexpr (std::is_same_v<Number, Pair>) weights = s.weight.data();
+  else weights = scores;
+  weigh_tile(dim, tokens, p, scores, weights, s.highest);
+  const Copied<Number> source{weights, s.value.data(), dim};
+  add_all_values(source, dim, lines, p.queries, p.sum.data(), [&s] {
+    for (int i = 0; i < TOGETHER_IN<Number>; i++) s.next.fetch_lines();
+  });
 }
 
 // Lines to fetch at every value that is added, so that the next tile is there when this one is done.
-static int burst_of(const Attention& a, const Scratch& s) {
+template <typename Number>
+static int burst_of(const Attention& a, const Scratch<Number>& s) {
   const int heads = s.panels[s.used - 1].kv_head - s.panels[0].kv_head + 1;
   const int size = a.element == FLOAT32 ? 4 : a.element == BFLOAT16 ? 2 : 1;
   const int additions = s.used / heads * ((s.panels[0].queries + 5) / 6) * ((a.dim + WIDE * LANES - 1) / (WIDE * LANES));
@@ -841,10 +1023,11 @@ static int burst_of(const Attention& a, const Scratch& s) {
 }
 
 // `sum` and `lse` of every panel over the keys of one chunk; -inf where a query sees none of them.
-static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, Scratch& s) {
+template <typename Number>
+static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, Scratch<Number>& s) {
   int32_t last = 0, first = INT32_MAX;
   for (int i = 0; i < s.used; i++) {
-    Panel& p = s.panels[i];
+    Panel<Number>& p = s.panels[i];
     last = std::max(last, p.most_end);
     first = std::min(first, p.least_begin);
     std::fill(p.sum.begin(), p.sum.begin() + p.queries * a.dim, 0.0f);
@@ -858,7 +1041,7 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
     if (position + tokens <= first) continue;
     int read = -1;
     for (int i = 0; i < s.used; i++) {
-      Panel& p = s.panels[i];
+      Panel<Number>& p = s.panels[i];
       if (position >= p.most_end) continue;
       if (p.kv_head != read) {
         const bool ahead = s.panels[s.used - 1].kv_head > p.kv_head;
@@ -875,7 +1058,7 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
     }
   }
   for (int i = 0; i < s.used; i++) {
-    Panel& p = s.panels[i];
+    Panel<Number>& p = s.panels[i];
     for (int q = 0; q < p.queries; q++) {
       const bool any = p.total[q] > 0.0f;
       p.lse[q] = any ? p.highest[q] + std::log(p.total[q]) : -INFINITY;
@@ -905,12 +1088,13 @@ static __attribute__((noinline)) void merge(float* merged, float& merged_lse, co
 }
 
 // Reads the queries [first, first + queries) of a task: (row, head of the group) one after the other, scaled.
-static void open_panel(const Attention& a, const int32_t* rows, int kv_head, int first, int queries, Panel& p) {
+template <typename Number>
+static void open_panel(const Attention& a, const int32_t* rows, int kv_head, int first, int queries, Panel<Number>& p) {
   const int group = a.heads / a.kv_heads, width = vectors_of(queries) * LANES;
   p.kv_head = kv_head;
   p.first = first;
   p.queries = queries;
-  p.query.resize(static_cast<size_t>(a.dim) * width);
+  p.query.resize(static_cast<size_t>(a.dim / TOGETHER_IN<Number>) * width);
   p.sum.resize(static_cast<size_t>(queries) * a.dim);
   p.merged.assign(static_cast<size_t>(queries) * a.dim, 0.0f);
   std::fill(p.merged_lse, p.merged_lse + PANEL, -INFINITY);
@@ -928,7 +1112,9 @@ static void open_panel(const Attention& a, const int32_t* rows, int kv_head, int
       Vec lines[LANES];
       for (int i = 0; i < LANES; i++) lines[i] = from[q + i] ? load(from[q + i] + d) * splat(a.scale) : Vec{};
       transpose(lines);
-      for (int i = 0; i < LANES; i++) store(p.query.data() + static_cast<size_t>(d + i) * width + q, lines[i]);
+      constexpr int EACH = TOGETHER_IN<Number>;
+      for (int i = 0; i < LANES; i += EACH)
+        store_together(p.query.data() + static_cast<size_t>((d + i) / EACH) * width + q, lines[i], lines[i + EACH - 1]);
     }
   p.least_begin = *std::min_element(p.begin, p.begin + queries);
   p.most_begin = *std::max_element(p.begin, p.begin + queries);
@@ -936,7 +1122,8 @@ static void open_panel(const Attention& a, const int32_t* rows, int kv_head, int
   p.most_end = *std::max_element(p.end, p.end + queries);
 }
 
-static void close_panel(const Attention& a, int task, const Panel& p) {
+template <typename Number>
+static void close_panel(const Attention& a, int task, const Panel<Number>& p) {
   const int group = a.heads / a.kv_heads;
   const bool partial = a.task_slots[task] >= 0;
   for (int q = 0; q < p.queries; q++) {
@@ -960,16 +1147,17 @@ struct Unit {
   long work;
 };
 
-static void attention_unit(const Attention& a, const Unit& unit, Scratch& s) {
+template <typename Number>
+static void attention_unit(const Attention& a, const Unit& unit, Scratch<Number>& s) {
   const int task = unit.task, all = a.task_counts[task] * (a.heads / a.kv_heads);
   s.used = 0;
   s.few = all <= FEW;
-  if (s.few) {  // of the rest nothing: to get and clear memory would cost as much as a short sequence
-    s.few_score.resize(static_cast<size_t>(TILE) * FEW);
-  } else {
-    s.key.resize(static_cast<size_t>(TILE) * a.dim);
-    s.value.resize(static_cast<size_t>(TILE) * a.dim);
-    s.score.resize(static_cast<size_t>(TILE) * PANEL);
+  const size_t tile = TILE / TOGETHER_IN<Number>, width = s.few ? FEW : PANEL;
+  s.score.resize(TILE * width);
+  if (std::is_same_v<Number, Pair>) s.weight.resize(tile * width);
+  if (!s.few) {  // of few nothing more: to get and clear memory would cost as much as a short sequence
+    s.key.resize(tile * a.dim);
+    s.value.resize(tile * a.dim);
   }
   for (int head = unit.kv_head; head < unit.kv_head + unit.heads; head++)
     for (int i = 0, q = unit.first; i < unit.panels && q < all; i++, q += PANEL)
@@ -978,7 +1166,7 @@ static void attention_unit(const Attention& a, const Unit& unit, Scratch& s) {
   for (int chunk = a.task_chunks[2 * task]; chunk < a.task_chunks[2 * task + 1]; chunk++) {
     attend_chunk(a, blocks, chunk, s);
     for (int i = 0; i < s.used; i++) {
-      Panel& p = s.panels[i];
+      Panel<Number>& p = s.panels[i];
       for (int q = 0; q < p.queries; q++)
         merge(p.merged.data() + q * a.dim, p.merged_lse[q], p.sum.data() + q * a.dim, p.lse[q], a.dim);
     }
@@ -1039,29 +1227,43 @@ static std::vector<Unit> even_units(const Attention& a) {
   }
 }
 
+template <typename Number>
+static void attention(const Attention& a, const int32_t* merged_rows, const int32_t* starts, int merged_count) {
+  const std::vector<Unit> units = even_units(a);
+#pragma omp parallel
+  {
+    Scratch<Number> scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (size_t unit = 0; unit < units.size(); unit++)
+      attention_unit(a, units[unit], scratch);
+#pragma omp for schedule(static)
+    for (long item = 0; item < static_cast<long>(merged_count) * a.heads; item++) {
+      const long index = item / a.heads, head = item % a.heads;
+      float* out = a.output + (static_cast<long>(merged_rows[index]) * a.heads + head) * a.dim;
+      float lse = -INFINITY;
+      for (int32_t slot = starts[index]; slot < starts[index + 1]; slot++) {
+        const long place = static_cast<long>(slot) * a.heads + head;
+        merge(out, lse, a.partial + place * a.dim, a.partial_lse[place], a.dim);
+      }
+      if (lse == -INFINITY) std::fill(out, out + a.dim, 0.0f);  // the row sees no key
+    }
+  }
+}
+
 extern "C" {
 
 int kernels_panel() { return PANEL; }
 int kernels_lanes() { return LANES; }
 int kernels_chunk() { return CHUNK; }
 
-// Splits of rows come one after the other, the panels of each among the threads: threads read the same weights at about the same time.
 void kernels_linear(const Linear* given) {
   const Linear& l = *given;
-  const long width = l.finish == GATE ? PANEL / 2 : PANEL, panels = (l.columns + width - 1) / width;
-  const long wanted = (2 * omp_get_max_threads() + panels - 1) / panels;
-  const long splits = std::max({1L, (l.rows + SPLIT_ROWS / 2) / SPLIT_ROWS, std::min(wanted, l.rows / LEAST_SPLIT_ROWS)});
-  const long per_split = ((l.rows + splits - 1) / splits + GEMM_ROWS - 1) / GEMM_ROWS * GEMM_ROWS;
-#pragma omp parallel
-  {
-    Floats sums, widened;
-    const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), tasks = panels * splits;
-    const long stop = tasks * (thread + 1) / threads;
-    for (long task = tasks * thread / threads; task < stop; task++) {
-      const long panel = task % panels, first = task / panels * per_split, end = std::min(first + per_split, l.rows);
-      if (first < end) linear_task(l, panel, first, end, task + 1 < stop && panel + 1 < panels, sums, widened);
-    }
-  }
+  if (!l.half) return linear<float>(l, l.x, l.k_count);
+#if defined(__AVX512BF16__)
+  linear<Pair>(l, round_rows(l.x, l.rows, l.k_count), l.k_count / 2);
+#else
+  linear<Pair>(l, l.x, l.k_count);
+#endif
 }
 
 // y [rows, count] = x / rms(x) * weight; `weights` rows of weight are used in turn (one per head).
@@ -1100,24 +1302,9 @@ double kernels_attention_unevenness(const Attention* given) { return unevenness_
 // Runs all tasks, then merges the slots of `merged_rows`: row i has slots [starts[i], starts[i + 1]), in the order of their chunks.
 void kernels_attention(const Attention* given, const int32_t* merged_rows, const int32_t* starts, int merged_count) {
   const Attention& a = *given;
-  const std::vector<Unit> units = even_units(a);
-#pragma omp parallel
-  {
-    Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (size_t unit = 0; unit < units.size(); unit++)
-      attention_unit(a, units[unit], scratch);
-#pragma omp for schedule(static)
-    for (long item = 0; item < static_cast<long>(merged_count) * a.heads; item++) {
-      const long index = item / a.heads, head = item % a.heads;
-      float* out = a.output + (static_cast<long>(merged_rows[index]) * a.heads + head) * a.dim;
-      float lse = -INFINITY;
-      for (int32_t slot = starts[index]; slot < starts[index + 1]; slot++) {
-        const long place = static_cast<long>(slot) * a.heads + head;
-        merge(out, lse, a.partial + place * a.dim, a.partial_lse[place], a.dim);
-      }
-      if (lse == -INFINITY) std::fill(out, out + a.dim, 0.0f);  // the row sees no key
-    }
-  }
+#if defined(__AVX512BF16__)
+  if (a.element == BFLOAT16) return attention<Pair>(a, merged_rows, starts, merged_count);
+#endif
+  attention<float>(a, merged_rows, starts, merged_count);
 }
 }

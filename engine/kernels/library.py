@@ -7,8 +7,9 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
-from engine.kernels.build import INSTRUCTION_SETS, library_path
+from engine.kernels.build import INSTRUCTION_SETS, ROUNDING, library_path
 
 _PLAIN, _ADD, _GATE = range(3)  # enum Finish of kernels.cpp
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # enum Element of kernels.cpp
@@ -82,7 +83,8 @@ class AttentionTasks:
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """packed: [panels, k, panel]; bias: [panels, panel] float32; both zero-padded. columns: of the result."""
+    """packed: [panels, k, panel] float32 or [panels, k / 2, panel, 2] bfloat16; bias: [panels, panel] float32; all zero-padded.
+    columns: of the result."""
 
     packed: torch.Tensor
     bias: torch.Tensor | None
@@ -102,12 +104,12 @@ class Kernels:
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """weight: [columns, k] float32 or bfloat16; bias: [columns]."""
-        packed = _panels(weight, self.panel).transpose(1, 2).contiguous()
+        packed = _along_panels(_panels(weight, self.panel))
         return PackedLinear(packed, None if bias is None else _panels(bias.float(), self.panel), len(weight))
 
     def pack_gated(self, gate_up: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """gate_up: [2 * columns, k], the gate's rows and then as many of what it gates. Half a panel is of either."""
-        packed = self._halves(gate_up).transpose(1, 2).contiguous()
+        packed = _along_panels(self._halves(gate_up))
         return PackedLinear(packed, None if bias is None else self._halves(bias.float()), len(gate_up) // 2)
 
     def _halves(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -129,13 +131,14 @@ class Kernels:
         return self._linear(x, weights, _GATE, None)
 
     def _linear(self, x: torch.Tensor, weights: PackedLinear, finish: int, onto: torch.Tensor | None) -> torch.Tensor:
-        x = x.contiguous()
+        half = weights.packed.dtype == torch.bfloat16
+        x = F.pad(x, (0, 1)) if half and x.shape[1] % 2 else x.contiguous()
         rows, k_count = x.shape
         assert x.dtype == torch.float32
-        assert weights.packed.shape[1] == k_count
+        assert weights.packed.shape[1] * (2 if half else 1) == k_count
         out = torch.empty(rows, weights.columns)
         call = _Linear(
-            x.data_ptr(), rows, k_count, weights.packed.data_ptr(), _ELEMENTS[weights.packed.dtype], finish,
+            x.data_ptr(), rows, k_count, weights.packed.data_ptr(), half, finish,
             weights.bias.data_ptr() if weights.bias is not None else None,
             onto.data_ptr() if onto is not None else None, out.data_ptr(), weights.columns,
         )  # fmt: skip
@@ -249,6 +252,14 @@ def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:
     return padded.view(panels, width, *weight.shape[1:])
 
 
+def _along_panels(panels: torch.Tensor) -> torch.Tensor:
+    """[panels, width, k] -> as PackedLinear.packed."""
+    if panels.dtype == torch.float32:
+        return panels.transpose(1, 2).contiguous()
+    even = F.pad(panels, (0, panels.shape[2] % 2))
+    return even.view(*even.shape[:2], -1, 2).transpose(1, 2).contiguous()
+
+
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -257,15 +268,27 @@ def _long(value: int) -> ctypes.c_long:
     return ctypes.c_long(value)
 
 
-@functools.cache
-def load_kernels() -> Kernels | None:
-    """The best library that is built and that this machine can run; None where there is none."""
-    capability = torch.backends.cpu.get_cpu_capability()
+def usable_sets() -> list[str]:
+    """Of INSTRUCTION_SETS those that this machine has, the best first."""
     names = list(INSTRUCTION_SETS)
-    if capability not in names:
-        return None
-    for name in names[names.index(capability) :]:
-        path = library_path(name)
-        if path.exists():
-            return Kernels(ctypes.CDLL(str(path)), name)
+    capability = torch.backends.cpu.get_cpu_capability()
+    usable = names[names.index(capability) :] if capability in names else []
+    rounding = capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return [ROUNDING, *usable] if rounding else usable
+
+
+def built_sets() -> list[str]:
+    """Those of them that are built, in lower case as engine.kernels names them."""
+    return [name.lower() for name in usable_sets() if library_path(name).exists()]
+
+
+@functools.cache
+def load_kernels(choice: str = "auto", dtype: torch.dtype = torch.float32) -> Kernels | None:
+    """`choice`: an instruction set in lower case, or auto: the best one for a model of `dtype` that is built and that this machine
+    has. None where there is none. That which rounds to bfloat16 is for models of bfloat16 alone.
+    """
+    for name in built_sets():
+        fits = name != ROUNDING.lower() or dtype == torch.bfloat16
+        if name == choice or (choice == "auto" and fits):
+            return Kernels(ctypes.CDLL(str(library_path(name.upper()))), name.upper())
     return None

@@ -42,39 +42,53 @@ def bits(recorder: Recorder) -> list[tuple[int, tuple[int, ...], tuple[float, ..
     return rows
 
 
-def drawn(directory: Path, tokens: list[int], settings: Mapping[str, int | bool | str], *company: list[int]) -> object:
-    engine, recorder = open_native(directory, settings, kv_bytes=64 * MIB)
+def drawn(
+    directory: Path, tokens: list[int], settings: Mapping[str, int | bool | str], *company: list[int], dtype: str
+) -> object:
+    engine, recorder = open_native(directory, settings, kv_bytes=64 * MIB, dtype=dtype)
     asked = work(ASKED, tokens, sampling(NEW_TOKENS, logprobs=20))
     generate(engine, asked, *(work(key, other, sampling(9)) for key, other in enumerate(company, start=1)))
     engine.close()
     return bits(recorder)
 
 
+PRECISIONS = {
+    "float32": ("float32", "auto"),
+    "float8": ("float32", "float8_e4m3"),
+    "bfloat16": ("bfloat16", "auto"),
+}  # model, KV
 CASES = [(name, "float32", length) for name in MODELS for length in (1, 17, 300, 1700)]
-CASES += [(name, "float8_e4m3", 1700) for name in ("llama", "mistral-window")]
+CASES += [("llama", "bfloat16", length) for length in (1, 17, 300)]
+CASES += [(name, "bfloat16", 1700) for name in MODELS]
+CASES += [(name, "float8", 1700) for name in ("llama", "mistral-window")]
 
 
-@pytest.mark.parametrize(("name", "kv_dtype", "length"), CASES)
-def test_company_and_chunks_change_no_bit(directories: dict[str, Path], name: str, kv_dtype: str, length: int) -> None:
+@pytest.mark.parametrize(("name", "precision", "length"), CASES)
+def test_company_and_chunks_change_no_bit(directories: dict[str, Path], name: str, precision: str, length: int) -> None:
+    dtype, kv_dtype = PRECISIONS[precision]
     tokens, kv = prompt(length), {"kv_dtype": kv_dtype}
     whole: dict[str, int | str] = {"prefill_chunk": 0, "token_budget": 4096, **kv}
     cut: dict[str, int | str] = {"prefill_chunk": 512, "block_tokens": 32, "threads": 2, **kv}
-    alone = drawn(directories[name], tokens, whole)
+    alone = drawn(directories[name], tokens, whole, dtype=dtype)
     others = [prompt(other, seed=other) for other in (1, 2, 5, 40, 333, 1200)]
-    assert drawn(directories[name], tokens, whole, *others) == alone
-    assert drawn(directories[name], tokens, {"prefill_chunk": 37, **kv}, *others) == alone
-    assert drawn(directories[name], tokens, cut, *others) == alone
+    assert drawn(directories[name], tokens, whole, *others, dtype=dtype) == alone
+    assert drawn(directories[name], tokens, {"prefill_chunk": 37, **kv}, *others, dtype=dtype) == alone
+    assert drawn(directories[name], tokens, cut, *others, dtype=dtype) == alone
 
 
-@pytest.mark.parametrize(("name", "kv_dtype"), [*((name, "float32") for name in MODELS), ("llama", "float8_e4m3")])
-def test_a_prefix_that_others_share_changes_no_bit(directories: dict[str, Path], name: str, kv_dtype: str) -> None:
+SHARED = [*((name, "float32") for name in MODELS), ("llama", "float8"), ("llama", "bfloat16"), ("qwen3", "bfloat16")]
+
+
+@pytest.mark.parametrize(("name", "precision"), SHARED)
+def test_a_prefix_that_others_share_changes_no_bit(directories: dict[str, Path], name: str, precision: str) -> None:
+    dtype, kv_dtype = PRECISIONS[precision]
     document = prompt(1700)
     tokens = document + prompt(20, seed=4)
     others = [document + prompt(length, seed=length) for length in (5, 30, 31)]
-    alone = drawn(directories[name], tokens, {"prefix_reuse": False, "kv_dtype": kv_dtype})
+    alone = drawn(directories[name], tokens, {"prefix_reuse": False, "kv_dtype": kv_dtype}, dtype=dtype)
     for share in (True, False):
         settings = {"shared_prefix_attention": share, "kv_dtype": kv_dtype}
-        engine, recorder = open_native(directories[name], settings, kv_bytes=64 * MIB)
+        engine, recorder = open_native(directories[name], settings, kv_bytes=64 * MIB, dtype=dtype)
         generate(engine, work(99, document, sampling(1)))  # now in the pool
         for key, other in enumerate(others, start=1):
             engine.handle(Submit(work(key, other, sampling(30)), "generate"))

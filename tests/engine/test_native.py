@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from engine.kernels import build
+from engine.kernels.library import load_kernels
 from engine.native import NativeEngine
 from engine.protocol import (
     Activate,
@@ -29,6 +31,7 @@ from engine.protocol import (
     WorkFailed,
     WriterDone,
 )
+from pdserve.errors import ConfigInvalid
 from tests.engine.rig import (
     PROMPT,
     Recorder,
@@ -315,4 +318,19 @@ def test_a_storm_of_commands_leaks_nothing_and_changes_no_token(model_dir: Path,
         generate(alone, work(key, prompt, sampling(20, temperature=1.0), choices=choices))
         assert recorder.tokens(key) == told.tokens(key)
         alone.close()
+    engine.close()
+
+
+def test_kernels_that_are_asked_for_by_name_and_not_built_are_refused_with_what_there_is(
+    reference: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    reference.save_pretrained(tmp_path / "model")
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "FOLDER", tmp_path)
+        load_kernels.cache_clear()
+        with pytest.raises(ConfigInvalid, match=r"engine\.kernels is avx2.* built and usable here are none"):
+            open_native(tmp_path / "model", {"kernels": "avx2"})
+    load_kernels.cache_clear()
+    engine, _ = open_native(tmp_path / "model", {"kernels": "avx2"})
     engine.close()
