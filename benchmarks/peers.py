@@ -31,6 +31,7 @@ from benchmarks.report import Better, Measurement, Mode, Result, compare, result
 from benchmarks.rounds import DECODE_CONTEXT, Effort, decode_ms, prefill_rates, random_prompt
 from benchmarks.transformers_peer import TransformersPeer
 from benchmarks.vllm_peer import VllmOptions, vllm_program
+from service_kit.start_up_objects import set_apart
 
 BATCHES = (1, 8, 32, 128)
 PROMPTS = (512, 2048, 8192)
@@ -91,6 +92,7 @@ class Contenders:
         if has_prepacking():
             self._gemms.append(GemmFloor("GEMM floor, prepacked", prepacked_linear, LLAMA_100M, torch_dtype))
         self._memory = MemoryFloor(LLAMA_100M, torch_dtype)
+        set_apart()  # as a worker does once it is ready
 
     @property
     def prefilling(self) -> list[OurEngine | TransformersPeer | PeerProcess | GemmFloor]:

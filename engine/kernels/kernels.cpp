@@ -296,16 +296,24 @@ static void stretch(int rows, const Number* x, long x_stride, const Weight* w, l
 }
 
 // From the sums of one row in one panel to y.
-static void finish_row(const Linear& l, long row, long panel, float* sums) {
-  if (l.bias)
-    for (int c = 0; c < PANEL; c += LANES) store(sums + c, load(sums + c) + load(l.bias + panel * PANEL + c));
+static void finish_row(const Linear& l, long row, long panel, const float* sums) {
   const long width = l.finish == GATE ? PANEL / 2 : PANEL, first = panel * width;
   const long count = std::min(width, l.columns - first), place = row * l.columns + first;
-  if (l.finish == GATE)
-    for (int c = 0; c < width; c += LANES) store(sums + c, silu(load(sums + c)) * load(sums + width + c));
-  if (l.finish == ADD)
-    for (long c = 0; c < count; c++) sums[c] += l.onto[place + c];
-  std::memcpy(l.y + place, sums, count * sizeof(float));
+  const bool whole = count == width;
+  alignas(LINE) float part[PANEL];  // of the last panel, padded
+  if (l.finish == ADD && !whole) std::memcpy(part, l.onto + place, count * sizeof(float));
+  const float* onto = whole ? l.onto + place : part;
+  float* to = whole ? l.y + place : part;
+  const auto sum_of = [&](long c) __attribute__((always_inline)) {
+    return l.bias ? load(sums + c) + load(l.bias + panel * PANEL + c) : load(sums + c);
+  };
+  for (long c = 0; c < width; c += LANES) {
+    Vec value = sum_of(c);
+    if (l.finish == GATE) value = silu(value) * sum_of(width + c);
+    if (l.finish == ADD) value += load(onto + c);
+    store(to + c, value);
+  }
+  if (!whole) std::memcpy(l.y + place, part, count * sizeof(float));
 }
 
 #if !defined(__AVX512BF16__)
@@ -1284,6 +1292,7 @@ void kernels_rotate(float* heads, long rows, long stride, long count, long dim, 
 // Writes rows of keys and values [rows, line], rows a stride apart, to their places in one layer of the pool.
 void kernels_write(const float* keys, const float* values, long rows, long key_stride, long value_stride, long line,
                    const int64_t* slots, long page_tokens, int element, void* pool) {
+#pragma omp parallel for if (rows >= ROWS_FOR_THREADS)
   for (long row = 0; row < rows; row++) {
     const long place = slots[row] / page_tokens * 2 * page_tokens + slots[row] % page_tokens;
     const long key = place * line, value = (place + page_tokens) * line;
