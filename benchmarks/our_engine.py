@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.engine_driver import Device, Dtype, EngineDriver, greedy
+from service_kit.config import EngineConfig, ModelConfig
 
 KV_BYTES = 2 * 2**30
+PREFILL_CHUNK = 1024  # nothing decodes beside these prompts, and the peers take 2,048 and more at once
 _LONGEST_OUTPUT = 4096  # tokens; longer than any case decodes
 
 
@@ -17,7 +19,10 @@ class OurEngine:
     name = "pdserve"
 
     def __init__(self, model_dir: Path, dtype: Dtype, threads: int, device: Device = "cpu") -> None:
-        self._driver = EngineDriver(model_dir, device, dtype, threads=threads, kv_bytes=KV_BYTES)
+        self._driver = EngineDriver.configured(
+            ModelConfig(path=str(model_dir), device=device, dtype=dtype),
+            EngineConfig(threads=threads, kv_bytes=KV_BYTES, prefix_reuse=False, prefill_chunk=PREFILL_CHUNK),
+        )
         self._keys: list[int] = []
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:

@@ -24,7 +24,7 @@ from benchmarks.engine_driver import Dtype
 from benchmarks.floors import GemmFloor, MemoryFloor, bare_linear, has_prepacking, prepacked_linear
 from benchmarks.llama_peer import llama_program
 from benchmarks.openvino_peer import openvino_program
-from benchmarks.our_engine import OurEngine
+from benchmarks.our_engine import PREFILL_CHUNK, OurEngine
 from benchmarks.peer_process import PeerProcess, PeerProgram, Setting, has_module, peer_python
 from benchmarks.random_model import DESCRIPTION, LLAMA_100M, write_random_llama
 from benchmarks.report import Better, Measurement, Mode, Result, compare, result
@@ -154,6 +154,7 @@ def run(plan: Plan, dtypes: Sequence[Dtype]) -> Result:
         "model": DESCRIPTION,
         "threads": len(plan.cores),
         "decode_context": DECODE_CONTEXT,
+        "pdserve prefill_chunk": PREFILL_CHUNK,
     }
     measurements = [item for dtype in dtypes for item in measure_dtype(plan, dtype, settings)]
     notes = (*NOTES, *(absence(name) for name in PEER_MODULES if name not in plan.peers))
