@@ -7,7 +7,6 @@ PDSERVE_LLAMA_PYTHON and PDSERVE_OPENVINO_PYTHON name); the run goes on without 
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bound_cores import add_cores, require_bound
 from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.engine_driver import Dtype
 from benchmarks.floors import GemmFloor, MemoryFloor, bare_linear, has_prepacking, prepacked_linear
@@ -167,24 +167,10 @@ def absence(name: str) -> str:
     return f"{name} did not take part: left out, or not installed (make peers-setup)"
 
 
-def begin_bound(cores: Sequence[int], arguments: Sequence[str]) -> None:
-    """One OpenMP thread on each core, as vLLM's are: unbound, two can end on one core, where each barrier waits for a time slice.
-
-    OpenMP reads its environment when torch is imported, so the program begins anew with it. Does not return.
-    """
-    environment = {**os.environ, "GOMP_CPU_AFFINITY": " ".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}
-    command = [sys.executable, "-m", "benchmarks.peers", *arguments, "--cores", ",".join(map(str, cores))]
-    os.execve(sys.executable, command, environment)
-
-
-def core_list(text: str) -> list[int]:
-    return [int(core) for core in text.split(",")]
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = benchmark_parser("Engine against others, beside the floors.")
     add_threads(parser)
-    parser.add_argument("--cores", type=core_list, help=argparse.SUPPRESS)  # what the bound program is begun with
+    add_cores(parser)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be given twice; default: both")
     parser.add_argument("--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner")
     parser.add_argument(
@@ -194,11 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--prompt", type=int, choices=PROMPTS, action="append", help="prefill only this many tokens; repeatable"
     )
     given = parser.parse_args(arguments)
-    if given.cores is None:
-        allowed = sorted(os.sched_getaffinity(0))
-        if not 0 < given.threads <= len(allowed):
-            parser.error(f"--threads must lie in 1 .. {len(allowed)}, the cores that this process may use")
-        begin_bound(allowed[: given.threads], sys.argv[1:] if arguments is None else arguments)
+    require_bound(parser, given, "benchmarks.peers", sys.argv[1:] if arguments is None else arguments)
     peers = {
         name: peer_python(name)
         for name, module in PEER_MODULES.items()
