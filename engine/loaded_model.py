@@ -10,6 +10,7 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.decoder import Decoder
+from engine.kernels.build import ROUNDING
 from engine.kernels.library import Kernels, built_sets, load_kernels
 from engine.kv_memory import TORCH_DTYPES, KvMemory, open_kv_memory
 from engine.model_spec import ModelSpec
@@ -84,15 +85,16 @@ def _device(name: str) -> torch.device:
 
 def _kernels(spec: ModelSpec, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> Kernels | None:
     """None where torch's operators compute: by configuration, on CUDA, or where no built kernel fits machine and model."""
-    if engine.kernels == "torch" or device.type != "cpu":
+    if engine.kernels == "torch" or (engine.kernels == "auto" and device.type != "cpu"):
         return None
-    kernels = load_kernels(engine.kernels, dtype)
+    kernels = load_kernels(engine.kernels, dtype) if device.type == "cpu" else None
     fits = kernels is not None and spec.head_dim % kernels.lanes == 0
     if engine.kernels != "auto" and not fits:
         raise ConfigInvalid(
             f"engine.kernels is {engine.kernels}, but no kernels of that instruction set fit: built and usable here are "
-            f"{', '.join(built_sets()) or 'none'}, for head dimensions that are multiples of 16 (8 with avx2), and this model's "
-            f"is {spec.head_dim}. Set engine.kernels to auto or torch, or run make setup on this machine."
+            f"{', '.join(built_sets()).lower() or 'none'}, on the CPU alone ({ROUNDING.lower()} for bfloat16 models), for head "
+            f"dimensions that are multiples of 16 (8 with avx2). Here are {device.type}, {dtype} and {spec.head_dim}. Set "
+            "engine.kernels to auto or torch, or run make setup on this machine."
         )
     return kernels if fits else None
 

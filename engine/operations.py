@@ -51,7 +51,7 @@ class TorchOperations:
 
 
 class KernelOperations:
-    """Activations stay float32, whatever dtype weights and KV are stored in."""
+    """Activations are float32, whatever dtype weights and KV are stored in; some kernels round them where they meet bfloat16."""
 
     dtype = torch.float32
 

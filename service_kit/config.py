@@ -78,8 +78,9 @@ class EngineConfig(Section):
         default="auto",
         description="auto = on the CPU the C++ kernels where they are built, of the best instruction set that the machine has "
         "(avx512_bf16, which rounds activations, for bfloat16 models alone), on CUDA torch's varlen attention where a trial at "
-        "start gives the right answers; else torch's operators. Workers on different CPUs compute the same bits if all are "
-        "given the same set, one that each of them has.",
+        "start gives the right answers; else torch's operators. A named set is for the CPU alone. Workers with and without "
+        "AVX512-BF16 compute the same bits if all are given avx512; where some have AVX2 alone, set ATEN_CPU_CAPABILITY=avx2 in "
+        "the environment of all instead, which torch's own operators follow too.",
     )
     cuda_graphs: bool = Field(
         default=True, description="On CUDA: replay what lies between attention from graphs in steps that only decode."

@@ -16,9 +16,9 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FOLDER = Path(__file__).with_name("built")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
-# Of instruction sets as torch names them; the best one that the machine has is loaded.
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 ROUNDING = "AVX512_BF16"  # rounds what meets weights or KV of bfloat16
+# Best first. As torch names them, but for ROUNDING, which it counts as AVX512.
 INSTRUCTION_SETS = {
     ROUNDING: (*_AVX512, "-mavx512bf16"),
     "AVX512": _AVX512,

@@ -96,7 +96,7 @@ static inline __attribute__((always_inline)) Vec add_product(Vec sum, Vec one, V
 static inline __attribute__((always_inline)) Vec add_product(Vec sum, VecBits one, VecBits two) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(one), reinterpret_cast<__m512bh>(two));
 }
-// To the nearest, ties to even.
+// To the nearest, ties to even; subnormals become 0.
 static inline __attribute__((always_inline)) VecHalf halves_of(Vec wide) { return reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(wide)); }
 static inline __attribute__((always_inline)) void store_together(Pair* to, Vec first, Vec second) {
   store(to, __builtin_convertvector(halves_of(first), VecBits) | __builtin_convertvector(halves_of(second), VecBits) << 16);
@@ -302,7 +302,7 @@ static void finish_row(const Linear& l, long row, long panel, const float* sums)
   const bool whole = count == width;
   alignas(LINE) float part[PANEL];  // of the last panel, padded
   if (l.finish == ADD && !whole) std::memcpy(part, l.onto + place, count * sizeof(float));
-  const float* onto = whole ? l.onto + place : part;
+  const float* onto = whole && l.onto ? l.onto + place : part;
   float* to = whole ? l.y + place : part;
   const auto sum_of = [&](long c) __attribute__((always_inline)) {
     return l.bias ? load(sums + c) + load(l.bias + panel * PANEL + c) : load(sums + c);
@@ -403,7 +403,10 @@ static void round_row(const float* from, long count, Pair* to) {
 // [rows, count] -> [rows, count / 2], valid until the calling thread's next call.
 static const Pair* round_rows(const float* x, long rows, long count) {
   static thread_local Row<Pair> kept;
-  if (kept.size() < static_cast<size_t>(rows * count / 2)) kept.resize(rows * count / 2);
+  if (kept.size() < static_cast<size_t>(rows * count / 2)) {
+    kept.clear();  // nothing to copy
+    kept.resize(rows * count / 2);
+  }
   Pair* pairs = kept.data();
 #pragma omp parallel for if (rows >= ROWS_FOR_THREADS)
   for (long row = 0; row < rows; row++) round_row(x + row * count, count, pairs + row * (count / 2));
@@ -653,7 +656,7 @@ static inline __attribute__((always_inline)) void copy_value(const uint16_t* fro
   for (int d = 0; d < dim; d += LANES) store(line + d, t % 2 ? load(line + d) | load_bits(from + d) << 16 : load_bits(from + d));
 }
 
-// Copies the keys and values of a tile side by side, widened: lines of the pool lie far apart, and a copy waits for many of
+// Copies the keys and values of a tile side by side, widened or as pairs: lines of the pool lie far apart, and a copy waits for many of
 // them at once where sums over them would wait for one after the other. Keys past the last token stay what they were: masked.
 template <typename Element, typename Number>
 static void copy_elements(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead,
@@ -875,7 +878,7 @@ static inline __attribute__((always_inline)) float highest_of(Vec lanes) {
   return lanes[0];
 }
 
-// As mask_tile and weigh_tile, from scores [q][TILE] to weights in their place; add_values adds these to the totals.
+// As mask_tile and weigh_tile, from scores [q][TILE] to weights in their place; add_values or pair_few adds these to the totals.
 template <typename Number>
 static void weigh_few(int dim, long position, int tokens, Panel<Number>& p, float* scores) {
   VecInt lanes;

@@ -116,7 +116,7 @@ class Kernels:
         return torch.cat([_panels(half, self.panel // 2) for half in gate_up.chunk(2)], 1)
 
     def linear(self, x: torch.Tensor, weights: PackedLinear) -> torch.Tensor:
-        """x [rows, k] float32 -> x W^T + b [rows, columns] float32."""
+        """x [rows, k] float32 -> x W^T + b [rows, columns] float32. With ROUNDING x is rounded where the weights are bfloat16."""
         return self._linear(x, weights, _PLAIN, None)
 
     def linear_onto(self, onto: torch.Tensor, x: torch.Tensor, weights: PackedLinear) -> torch.Tensor:
@@ -177,7 +177,8 @@ class Kernels:
         )  # fmt: skip
 
     def attention(self, query: torch.Tensor, pool: torch.Tensor, tasks: AttentionTasks) -> torch.Tensor:
-        """query [rows, heads, dim] float32, pool of one layer [block, 2, page token, kv_head, dim] -> [rows, heads, dim]."""
+        """query [rows, heads, dim] float32, pool of one layer [block, 2, page token, kv_head, dim] -> [rows, heads, dim]. With
+        ROUNDING queries and the softmax's weights are rounded where the pool is bfloat16."""
         return AttentionCall(self, tasks)(query, pool)
 
     def call_attention(self, call: _Attention, tasks: AttentionTasks) -> None:
@@ -256,7 +257,7 @@ def _along_panels(panels: torch.Tensor) -> torch.Tensor:
     """[panels, width, k] -> as PackedLinear.packed."""
     if panels.dtype == torch.float32:
         return panels.transpose(1, 2).contiguous()
-    even = F.pad(panels, (0, panels.shape[2] % 2))
+    even = F.pad(panels, (0, 1)) if panels.shape[2] % 2 else panels
     return even.view(*even.shape[:2], -1, 2).transpose(1, 2).contiguous()
 
 
@@ -273,13 +274,14 @@ def usable_sets() -> list[str]:
     names = list(INSTRUCTION_SETS)
     capability = torch.backends.cpu.get_cpu_capability()
     usable = names[names.index(capability) :] if capability in names else []
-    rounding = capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return [ROUNDING, *usable] if rounding else usable
+    if capability != "AVX512" or not hasattr(torch.cpu, "get_capabilities"):  # older torch does not tell
+        return usable
+    return [ROUNDING, *usable] if torch.cpu.get_capabilities().get("avx512_bf16", False) else usable
 
 
 def built_sets() -> list[str]:
-    """Those of them that are built, in lower case as engine.kernels names them."""
-    return [name.lower() for name in usable_sets() if library_path(name).exists()]
+    """Those of them that are built."""
+    return [name for name in usable_sets() if library_path(name).exists()]
 
 
 @functools.cache
@@ -288,7 +290,6 @@ def load_kernels(choice: str = "auto", dtype: torch.dtype = torch.float32) -> Ke
     has. None where there is none. That which rounds to bfloat16 is for models of bfloat16 alone.
     """
     for name in built_sets():
-        fits = name != ROUNDING.lower() or dtype == torch.bfloat16
-        if name == choice or (choice == "auto" and fits):
-            return Kernels(ctypes.CDLL(str(library_path(name.upper()))), name.upper())
+        if choice in ("auto", name.lower()) and (name != ROUNDING or dtype == torch.bfloat16):
+            return Kernels(ctypes.CDLL(str(library_path(name))), name)
     return None

@@ -36,8 +36,9 @@ def test_the_best_library_of_the_machine_is_loaded_and_what_rounds_for_bfloat16_
 
 def test_a_library_can_be_chosen_by_name_and_is_none_where_the_machine_lacks_its_instructions() -> None:
     for name in INSTRUCTION_SETS:
-        chosen = load_kernels(name.lower())
+        chosen = load_kernels(name.lower(), torch.bfloat16)
         assert (chosen is not None and chosen.instruction_set == name) == (name in usable_sets())
+    assert load_kernels(ROUNDING.lower(), torch.float32) is None
 
 
 def met(kernels: Kernels, activations: torch.Tensor, stored: torch.dtype) -> torch.Tensor:

@@ -326,11 +326,13 @@ def test_kernels_that_are_asked_for_by_name_and_not_built_are_refused_with_what_
 ) -> None:
     (tmp_path / "model").mkdir()
     reference.save_pretrained(tmp_path / "model")
-    with monkeypatch.context() as patched:
-        patched.setattr(build, "FOLDER", tmp_path)
-        load_kernels.cache_clear()
-        with pytest.raises(ConfigInvalid, match=r"engine\.kernels is avx2.* built and usable here are none"):
-            open_native(tmp_path / "model", {"kernels": "avx2"})
     load_kernels.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(build, "FOLDER", tmp_path)
+            with pytest.raises(ConfigInvalid, match=r"engine\.kernels is avx2.* built and usable here are none"):
+                open_native(tmp_path / "model", {"kernels": "avx2"})
+    finally:
+        load_kernels.cache_clear()
     engine, _ = open_native(tmp_path / "model", {"kernels": "avx2"})
     engine.close()
