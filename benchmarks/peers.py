@@ -7,6 +7,7 @@ PDSERVE_LLAMA_PYTHON and PDSERVE_OPENVINO_PYTHON name); the run goes on without 
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -93,6 +94,7 @@ class Contenders:
             self._gemms.append(GemmFloor("GEMM floor, prepacked", prepacked_linear, LLAMA_100M, torch_dtype))
         self._memory = MemoryFloor(LLAMA_100M, torch_dtype)
         set_apart()  # as a worker does once it is ready
+        stack.callback(gc.unfreeze)  # the next dtype has its own
 
     @property
     def prefilling(self) -> list[OurEngine | TransformersPeer | PeerProcess | GemmFloor]:
