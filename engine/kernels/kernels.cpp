@@ -29,7 +29,7 @@ constexpr int WIDE = 2;
 #endif
 constexpr int PANEL = LANES * WIDE;  // columns of a packed weight, query vectors of an attention task
 constexpr int GEMM_ROWS = 6;
-constexpr int TILE = 48;    // keys between two updates of the running softmax
+constexpr int TILE = 96;    // keys between two updates of the running softmax
 constexpr int CHUNK = 768;  // keys of one partial result
 static_assert(TILE % LANES == 0 && CHUNK % TILE == 0);
 
@@ -112,29 +112,46 @@ static inline __attribute__((always_inline)) Vec larger(Vec one, Vec two) {
 #endif
 }
 
-// e^x for x <= 0, 0 below -87: degree 6, relative error below 2e-7.
-static inline __attribute__((always_inline)) Vec exp_negative(Vec x) {
-  const Vec least = splat(-87.0f), clamped = larger(least, x);
-  const Vec shifted = clamped * splat(1.44269504f) + splat(12582912.0f);  // the nearest integer, in the lowest bits
-  const Vec whole = shifted - splat(12582912.0f);
-  const Vec rest = clamped - whole * splat(0.693359375f) + whole * splat(2.12194440e-4f);
-  Vec sum = splat(1.9875691500e-4f);
-  sum = sum * rest + splat(1.3981999507e-3f);
-  sum = sum * rest + splat(8.3334519073e-3f);
-  sum = sum * rest + splat(4.1665795894e-2f);
-  sum = sum * rest + splat(1.6666665459e-1f);
-  sum = sum * rest + splat(5.0000001201e-1f);
-  sum = sum * rest + splat(1.0f);
-  sum = sum * rest + splat(1.0f);
 #if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), sum, whole);
+constexpr int POWER_BITS = 5;
 #else
-  VecBits bits, power;
-  std::memcpy(&bits, &sum, sizeof bits);
-  std::memcpy(&power, &shifted, sizeof power);
-  bits += power << 23;
-  std::memcpy(&sum, &bits, sizeof sum);
-  return x < least ? Vec{} : sum;
+constexpr int POWER_BITS = 3;
+#endif
+constexpr int POWERS = 1 << POWER_BITS;
+static_assert(POWERS % LANES == 0);
+
+// The bits of 2^(i / POWERS), less what the lower part of a whole number of such steps adds to the exponent in exp_of.
+struct Powers {
+  alignas(LINE) uint32_t bits[POWERS];
+  Powers() {
+    for (uint32_t i = 0; i < POWERS; i++) {
+      const float power = static_cast<float>(std::exp2(static_cast<double>(i) / POWERS));
+      std::memcpy(bits + i, &power, sizeof power);
+      bits[i] -= i << (23 - POWER_BITS);
+    }
+  }
+};
+static const Powers powers;
+
+// e^x for x <= 88, 0 below -87; exactly 1 of 0; relative error below 2e-7 + 2e-8 |x|. A power of two from a table times a polynomial.
+static inline __attribute__((always_inline)) Vec exp_of(Vec x) {
+  const Vec per_step = splat(POWERS * 1.44269504f);
+  const Vec shifted = x * per_step + splat(12582912.0f);  // the nearest whole number of steps, in the lowest bits
+  const Vec rest = x * per_step - (shifted - splat(12582912.0f));
+  const VecBits steps = reinterpret_cast<VecBits>(shifted);
+#if defined(__AVX512F__)
+  const VecBits found = reinterpret_cast<VecBits>(_mm512_permutex2var_epi32(
+      _mm512_load_si512(powers.bits), reinterpret_cast<__m512i>(steps), _mm512_load_si512(powers.bits + LANES)));
+  const Vec power = reinterpret_cast<Vec>(found + (steps << (23 - POWER_BITS)));
+  const Vec slope = rest * splat(2.3459666e-4f) + splat(2.1661167e-2f);
+  return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, splat(-87.0f), _CMP_NLT_UQ), power * rest, slope, power);
+#else
+  const VecBits found = reinterpret_cast<VecBits>(
+      _mm256_permutevar8x32_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(powers.bits)), reinterpret_cast<__m256i>(steps)));
+  const Vec power = reinterpret_cast<Vec>(found + (steps << (23 - POWER_BITS)));
+  const Vec slope = (rest * splat(1.0839106e-4f) + splat(3.7540255e-3f)) * rest + splat(8.6643402e-2f);
+  const Vec sum = power * rest * slope + power;
+  return x < splat(-87.0f) ? Vec{} : sum;
 #endif
 }
 
@@ -186,7 +203,7 @@ static void norm_row(const float* x, long count, const float* weight, float eps,
 }
 
 static inline __attribute__((always_inline)) Vec silu(Vec x) {
-  const Vec small = exp_negative(x < Vec{} ? x : -x), one = splat(1.0f);
+  const Vec small = exp_of(x < Vec{} ? x : -x), one = splat(1.0f);
   return x * ((x < Vec{} ? small : one) / (one + small));
 }
 
@@ -474,11 +491,14 @@ constexpr int MOST_PANELS = 8;  // of one thread: of one KV head, whose keys the
 constexpr int MOST_UNITS_PER_THREAD = 4;  // about, where there are enough panels
 constexpr double EVEN = 1.1;  // of the busiest thread: to read keys again for a finer cut costs more
 
+constexpr int LINE_PARTS = 64;  // a pace may be less than a line
+
 // What the next tile reads, fetched row by row while this one is computed: memory and sums would else take turns.
 struct Ahead {
   const char* rows[2 * TILE];  // keys, then values
   int count, done, bytes;
-  int at, burst;  // bytes of the next row that are fetched already; how many lines fetch_lines takes
+  int at;         // bytes of the next row that are fetched already
+  int pace, due;  // lines that a call of fetch_lines adds, and those it has not fetched yet, in parts of LINE_PARTS
 
   inline __attribute__((always_inline)) void fetch_row() {
     if (done >= count) return;
@@ -492,10 +512,10 @@ struct Ahead {
     for (; row < end; row += LINE) __builtin_prefetch(row, 0, 2);
   }
 
+  // Evenly: a burst of lines would drive those that are in use out of the first cache.
   inline __attribute__((always_inline)) void fetch_lines() {
-    if (done >= count) return;
-    for (int i = 0; i < burst && done < count; i++) {
-      __builtin_prefetch(rows[done] + at, 0, 2);
+    for (due += pace; due >= LINE_PARTS && done < count; due -= LINE_PARTS) {
+      __builtin_prefetch(rows[done] + at, 0, 3);
       at += LINE;
       if (at >= bytes) at = 0, done++;
     }
@@ -517,6 +537,9 @@ struct Scratch {
   alignas(LINE) float highest[PANEL];  // of each query's scores in a tile
   Ahead next;
 };
+
+// How far scores may rise above the one that weights are relative to, before sums are scaled anew: weights then are up to e^8.
+constexpr float LEEWAY = 8.0f;
 
 // The sums of queries from `first` on, before another tile is added.
 template <typename Number>
@@ -659,8 +682,7 @@ static inline __attribute__((always_inline)) void copy_value(const uint16_t* fro
 // Copies the keys and values of a tile side by side, widened or as pairs: lines of the pool lie far apart, and a copy waits for many of
 // them at once where sums over them would wait for one after the other. Keys past the last token stay what they were: masked.
 template <typename Element, typename Number>
-static void copy_elements(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead,
-                          Scratch<Number>& s) {
+static void copy_elements(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Scratch<Number>& s) {
   const long line = static_cast<long>(a.kv_heads) * a.dim, to_value = line * a.page_tokens;
   const int dim = a.dim, page_tokens = a.page_tokens;
   const Element* head = static_cast<const Element*>(a.pool) + static_cast<long>(kv_head) * dim;
@@ -670,18 +692,13 @@ static void copy_elements(const Attention& a, const int32_t* blocks, int kv_head
     for (; t < tokens && offset < page_tokens; t++, offset++, from += line) {
       copy_key(from, dim, s.key.data(), t);
       copy_value(from + to_value, dim, s.value.data(), t);
-      if (ahead)
-        for (int d = 0; d < dim; d += LINE / static_cast<int>(sizeof(Element))) {
-          __builtin_prefetch(from + dim + d, 0, 2);
-          __builtin_prefetch(from + dim + to_value + d, 0, 2);
-        }
     }
   }
 }
 
 template <typename Number>
-static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, bool ahead, Scratch<Number>& s) {
-  const auto copy = [&](auto element) { copy_elements<decltype(element)>(a, blocks, kv_head, position, tokens, ahead, s); };
+static void copy_tile(const Attention& a, const int32_t* blocks, int kv_head, int position, int tokens, Scratch<Number>& s) {
+  const auto copy = [&](auto element) { copy_elements<decltype(element)>(a, blocks, kv_head, position, tokens, s); };
   with_element<Number>(a, copy);
 }
 
@@ -733,6 +750,7 @@ static void look_ahead(const Attention& a, const int32_t* blocks, int kv_head, i
   next.count = 2 * tokens;
   next.done = 0;
   next.at = 0;
+  next.due = 0;
   int page = position / a.page_tokens, offset = position % a.page_tokens;
   for (int t = 0; t < tokens; page++, offset = 0) {
     const char* from = head + static_cast<long>(blocks[page]) * 2 * to_value + offset * line;
@@ -896,11 +914,12 @@ static void weigh_few(int dim, long position, int tokens, Panel<Number>& p, floa
       }
       most = line[v] > most ? line[v] : most;
     }
-    const float highest = std::max(p.highest[q], highest_of(most)), base = highest == -INFINITY ? 0.0f : highest;
-    factor[q] = exp_negative(splat(p.highest[q] - base))[0];
+    const float here = highest_of(most), highest = here > p.highest[q] + LEEWAY ? here : p.highest[q];
+    const float base = highest == -INFINITY ? 0.0f : highest;
+    factor[q] = exp_of(splat(p.highest[q] - base))[0];
     p.highest[q] = highest;
     p.total[q] *= factor[q];
-    for (int v = 0; v < vectors; v++) store(scores + q * TILE + v * LANES, exp_negative(line[v] - splat(base)));
+    for (int v = 0; v < vectors; v++) store(scores + q * TILE + v * LANES, exp_of(line[v] - splat(base)));
   }
   rescale(dim, 0, p, factor);
 }
@@ -978,15 +997,16 @@ static void mask_tile(long position, int tokens, const Panel<Number>& p, float* 
 template <typename Number>
 static void weigh_tile(int dim, int tokens, Panel<Number>& p, const float* scores, Number* weights, const float* tile_highest) {
   for (int first = 0; first < p.queries; first += LANES) {
-    const Vec none = splat(-INFINITY), before = load(p.highest + first), highest = larger(load(tile_highest + first), before);
+    const Vec none = splat(-INFINITY), before = load(p.highest + first), most = larger(load(tile_highest + first), before);
+    const Vec highest = most > before + splat(LEEWAY) ? most : before;
     const Vec base = highest == none ? Vec{} : highest;  // nothing visible yet: all weights are 0
-    const Vec keep = exp_negative(before - base);
+    const Vec keep = exp_of(before - base);
     Vec total = load(p.total + first) * keep;
     constexpr int EACH = TOGETHER_IN<Number>;
     for (int t = 0; t < tokens; t += EACH) {
       Vec weight[2] = {};
       for (int i = 0; i < EACH && t + i < tokens; i++) {
-        weight[i] = exp_negative(load(scores + (t + i) * PANEL + first) - base);
+        weight[i] = exp_of(load(scores + (t + i) * PANEL + first) - base);
         total += weight[i];
       }
       store_together(weights + t / EACH * PANEL + first, weight[0], weight[1]);
@@ -1023,14 +1043,14 @@ static void attend_tile(int dim, long position, int tokens, Panel<Number>& p, Sc
   });
 }
 
-// Lines to fetch at every value that is added, so that the next tile is there when this one is done.
+// Of Ahead: so that the next tile is there when this one's panels have added their values.
 template <typename Number>
-static int burst_of(const Attention& a, const Scratch<Number>& s) {
+static int pace_of(const Attention& a, const Scratch<Number>& s) {
   const int heads = s.panels[s.used - 1].kv_head - s.panels[0].kv_head + 1;
   const int size = a.element == FLOAT32 ? 4 : a.element == BFLOAT16 ? 2 : 1;
   const int additions = s.used / heads * ((s.panels[0].queries + 5) / 6) * ((a.dim + WIDE * LANES - 1) / (WIDE * LANES));
   const int lines = 2 * ((a.dim * size + static_cast<int>(LINE) - 1) / static_cast<int>(LINE));  // of a token
-  return (lines + additions - 1) / additions;
+  return (lines * LINE_PARTS + additions - 1) / additions;
 }
 
 // `sum` and `lse` of every panel over the keys of one chunk; -inf where a query sees none of them.
@@ -1046,7 +1066,7 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
     std::fill(p.total, p.total + PANEL, 0.0f);
   }
   const long stop = std::min<long>(static_cast<long>(chunk + 1) * CHUNK, last);
-  const int burst = burst_of(a, s);
+  s.next.pace = pace_of(a, s);
   for (long position = static_cast<long>(chunk) * CHUNK; position < stop; position += TILE) {
     const int tokens = static_cast<int>(std::min<long>(TILE, stop - position));
     if (position + tokens <= first) continue;
@@ -1059,9 +1079,7 @@ static void attend_chunk(const Attention& a, const int32_t* blocks, int chunk, S
         const long after = ahead ? position : position + TILE;
         const long left = ahead ? tokens : std::max(0L, std::min<long>(TILE, last - after));  // of this chunk or the next
         look_ahead(a, blocks, ahead ? p.kv_head + 1 : s.panels[0].kv_head, static_cast<int>(after), static_cast<int>(left), s.next);
-        if (ahead && !s.few) s.next.count = 0;  // the copy fetches them
-        s.next.burst = burst;
-        if (!s.few) copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, ahead, s);
+        if (!s.few) copy_tile(a, blocks, p.kv_head, static_cast<int>(position), tokens, s);
         read = p.kv_head;
       }
       if (s.few) attend_few_of(a, blocks, position, tokens, p, s);

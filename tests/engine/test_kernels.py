@@ -342,6 +342,22 @@ def test_large_scores_do_not_overflow(kernels: Kernels) -> None:
     torch.testing.assert_close(attended(kernels, loud).double(), exact(kernels, loud), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("rise", [0.04, 0.08, 0.09, 0.5])
+def test_scores_that_rise_slowly_or_fast_are_weighed_as_in_float64(kernels: Kernels, rise: float) -> None:
+    """From one token to the next. Weights are relative to a score that is replaced only where others are e^8 times above it."""
+    reader = Reader(0, 100, 900, np.arange(-(-1000 // PAGE), dtype=np.int32))
+    torch.manual_seed(12)
+    pool = torch.randn(len(reader.blocks), 2, PAGE, 2, 32)
+    pool[:, 0] = rise * torch.arange(len(pool) * PAGE).reshape(-1, PAGE, 1, 1) / 32**0.5
+    up, down = torch.ones(50, 6, 32), -torch.ones(50, 6, 32)
+    one = Tree(pool, [reader], torch.cat([up, down]), torch.arange(900, 1000, dtype=torch.int32) + 1)
+    together = attended(kernels, one)
+    torch.testing.assert_close(together.double(), exact(kernels, one), atol=2e-4, rtol=2e-4)
+    for row in (0, 49, 50, 99):
+        alone = Tree(pool, [Reader(0, 1, 900 + row, reader.blocks)], one.query[row : row + 1], one.ends[row : row + 1])
+        assert torch.equal(attended(kernels, alone)[0], together[row])
+
+
 def test_a_row_that_sees_no_key_is_zero_beside_rows_that_do_and_alone(kernels: Kernels) -> None:
     """Cut into chunks as well: two empty sides, and an empty one beside a full one, come together in the merge."""
     pages = 2 * kernels.chunk // PAGE
