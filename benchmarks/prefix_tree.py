@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.attention_cost import AttentionCosts
+from engine.attention_fit import KvShape, fitted_costs
 from engine.attention_plan import Cut, Reader, plan
 from engine.kernel_attention import ReaderBlocks, task_arrays
 from engine.kernels.library import AttentionTasks, Kernels
+from engine.step_work import Threads
 
 PAGE, HEADS, KV_HEADS, DIM = 16, 12, 4, 64
 SUFFIX = 128  # tokens of a sequence's own
@@ -55,9 +58,14 @@ class PrefixTree:
         return readers
 
 
-def tasks_of(kernels: Kernels, readers: Sequence[Reader], *, share: bool) -> AttentionTasks:
+def fitted(kernels: Kernels, dtype: torch.dtype) -> AttentionCosts:
+    """As the engine fits them at its start."""
+    return fitted_costs(kernels, KvShape(KV_HEADS, DIM, PAGE, dtype))
+
+
+def tasks_of(kernels: Kernels, readers: Sequence[Reader], costs: AttentionCosts, *, share: bool) -> AttentionTasks:
     """As the engine cuts them."""
     ends = torch.cat([torch.arange(each.first, each.first + each.count, dtype=torch.int32) + 1 for each in readers])
-    units = -(-2 * torch.get_num_threads() // KV_HEADS)
-    tasks = plan(readers, Cut(kernels.chunk, PAGE, 0, units, share, HEADS // KV_HEADS))
+    threads = Threads(torch.get_num_threads(), KV_HEADS)
+    tasks = plan(readers, Cut(kernels.chunk, PAGE, 0, threads.units, share, HEADS // KV_HEADS, costs, threads))
     return task_arrays(tasks, ReaderBlocks.of(readers), torch.zeros_like(ends), ends)

@@ -20,7 +20,7 @@ from benchmarks.bound_cores import add_cores, require_bound
 from benchmarks.command import add_threads, benchmark_parser, mode_of, publish
 from benchmarks.engine_driver import Dtype, EngineDriver, greedy
 from benchmarks.floors import MemoryFloor
-from benchmarks.prefix_tree import DIM, HEADS, KV_HEADS, PAGE, SUFFIX, PrefixTree, tasks_of
+from benchmarks.prefix_tree import DIM, HEADS, KV_HEADS, PAGE, SUFFIX, PrefixTree, fitted, tasks_of
 from benchmarks.random_model import LLAMA_100M, write_random_llama
 from benchmarks.report import Measurement, Mode, Result, compare, measure, result
 from engine.kernels.library import Kernels, load_kernels
@@ -36,7 +36,7 @@ TREES = {
 DOCUMENT = 4096  # of the prefills
 CHUNK = 768  # the least that is shared
 # (tokens in common, prompts, tokens of each in the step): those of a step's budget, from short questions to whole chunks of a long
-# one. And a few prompts over little, where engine.attention_plan.pays draws its border.
+# one. And a few prompts over little, where sharing pays little or nothing (engine.step_work).
 PREFILLS = (
     *((DOCUMENT, *step) for step in ((32, 4), (32, 16), (32, 17), (32, 64), (4, 512))),
     *((CHUNK, *step) for step in ((2, 10), (2, 12), (3, 10), (3, 16), (4, 16))),
@@ -66,7 +66,8 @@ def attention(kernels: Kernels, name: str, tree: PrefixTree, rounds: int, dtype:
     readers = tree.readers()
     pool = torch.randn(tree.pages, 2, PAGE, KV_HEADS, DIM).to(dtype)
     query = torch.randn(tree.sequences * tree.rows, HEADS, DIM)
-    shared, alone = (tasks_of(kernels, readers, share=share) for share in (True, False))
+    costs = fitted(kernels, dtype)
+    shared, alone = (tasks_of(kernels, readers, costs, share=share) for share in (True, False))
     ours, theirs = alternate(
         [lambda: kernels.attention(query, pool, shared), lambda: kernels.attention(query, pool, alone)], rounds
     )
@@ -185,7 +186,7 @@ def run(mode: Mode, dtype: Dtype, threads: int) -> Result:
     notes = (
         "shared and unshared results were compared bit for bit; below one chunk of common tokens nothing is shared",
         "sequences that compute more than 16 tokens in a step share nothing in it: their rows fill the vectors by themselves",
-        "nor do two or three that compute more than 10: the same tasks are measured twice",
+        "nor do those for whom the costs fitted on this machine say that it is no faster: the same tasks are measured twice",
     )
     name = "shared_prefix" if dtype == "float32" else f"shared_prefix_{dtype}"
     return result(name, mode, settings, measured, notes=notes)

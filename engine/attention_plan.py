@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.attention_cost import SHIPPED, AttentionCosts
+from engine.step_work import ONE_THREAD, Run, StepWork, Threads
+
 # Parts of more rows fill the vectors of a task by themselves: sharing would save them nothing.
 MOST_SHARED_ROWS = 16
 
-# See `pays`. Queries are those of one member and one KV head: its rows times the query heads that share the KV head.
-_FILL_QUERIES = 32  # two vectors of AVX-512
-_MOST_QUERIES = 96  # with more, a member fills panels by itself
-_MANY_MEMBERS = 4
-_WHOLE_UNITS = (
-    2  # a task is one unit per KV head: where more are wanted, its chunks are needed to keep all threads busy
-)
+# Of one KV head, of a member: its rows times the query heads that share the KV head. With more, it was 0.96 to 1.02 times as fast.
+_MOST_QUERIES = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Reader:
 @dataclass(frozen=True, slots=True)
 class Cut:
     """`chunk_tokens` per chunk; `window`: 0, or how many positions a row sees; `units`: as many tasks keep all threads busy, two
-    per thread; `group`: query heads of a KV head."""
+    per thread; `group`: query heads of a KV head. By `costs` and `threads` it is judged where sharing pays."""
 
     chunk_tokens: int
     page_tokens: int
@@ -45,6 +43,8 @@ class Cut:
     units: int = 1
     share: bool = True
     group: int = 1
+    costs: AttentionCosts = SHIPPED
+    threads: Threads = ONE_THREAD
 
 
 @dataclass(slots=True)
@@ -70,22 +70,12 @@ class TaskList:
         self.merged.append(merged)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """`members` hold the same blocks in the chunks [begin, end)."""
-
-    members: tuple[int, ...]
-    begin: int
-    end: int
-
-
 def plan(readers: Sequence[Reader], cut: Cut) -> TaskList:
     runs = list(shared_runs(readers, cut)) if cut.share and not cut.window else []
     shared_to = dict.fromkeys(range(len(readers)), 0)
     tasks = TaskList()
     for run in runs:
-        whole = run.begin == 0 and len(readers) > cut.units and cut.units <= _WHOLE_UNITS
-        for chunks in [(run.begin, run.end)] if whole else [(c, c + 1) for c in range(run.begin, run.end)]:
+        for chunks in [(run.begin, run.end)] if run.whole else [(c, c + 1) for c in range(run.begin, run.end)]:
             tasks.add(readers, run.members, chunks, merged=True)
         for member in run.members:
             shared_to[member] = run.end
@@ -101,11 +91,13 @@ def plan(readers: Sequence[Reader], cut: Cut) -> TaskList:
 
 
 def shared_runs(readers: Sequence[Reader], cut: Cut) -> Iterator[Run]:
-    """Runs of chunks that two or more readers share, those of a reader in order. Only chunks whose keys all rows see whole."""
+    """Runs of chunks that two or more readers share because it is faster, those of a reader in order. Only chunks whose keys all
+    rows see whole."""
     if cut.chunk_tokens % cut.page_tokens:
         return  # a chunk's borders lie inside blocks
     most = min(MOST_SHARED_ROWS, _MOST_QUERIES // cut.group)
     full = [reader.first // cut.chunk_tokens if reader.count <= most else 0 for reader in readers]
+    work: StepWork | None = None
     # Groups whose members hold the same blocks up to `chunk`; those up to `begin` are in runs.
     open_groups = [(tuple(index for index, chunks in enumerate(full) if chunks), 0, 0)]
     pages = cut.chunk_tokens // cut.page_tokens
@@ -119,29 +111,18 @@ def shared_runs(readers: Sequence[Reader], cut: Cut) -> Iterator[Run]:
         for group in by_content.values():
             if len(group) > 1:
                 end = chunk + _common_chunks([readers[m].blocks[chunk * pages : full[m] * pages] for m in group], pages)
-                run = Run(tuple(group), begin, end)
-                paid = pays(run, sum(readers[m].count for m in group), cut)
-                if paid:
+                work = work or _work(readers, cut)
+                run = work.shared(tuple(group), begin, end)
+                if run:
                     yield run
                 # What did not pay for all of them may pay for some, who share more chunks.
-                open_groups.append((run.members, end if paid else begin, end))
+                open_groups.append((tuple(group), end if run else begin, end))
 
 
-def pays(run: Run, rows: int, cut: Cut) -> bool:
-    """Whether one task for the `rows` of all members is at least as fast as one for each. The bits are the same.
-
-    Measured on one and on four threads, with 1 to 16 query heads per KV head: 2 to 32 members of 1 to 16 rows, 1 to 4 chunks.
-    - Up to 32 queries each, sharing is 1.05 to 3.3 times as fast as not; of a decoding row and 16 others 0.99 to 1.03 times. Beyond
-      them it saves few vectors and copies of keys, which two or three members lose again where threads get uneven work (0.92 to
-      1.2, the less the more queries). Four and more keep 1.0 to 1.3.
-    - Beyond 96 queries each it is 0.96 to 1.02 times as fast: such members are not asked.
-    - Where threads outnumber KV heads, one chunk of few members keeps too few of them busy (0.7 to 0.9). As many chunks as threads
-      of a KV head do, or so many members that they fill vectors for all.
-    """
-    queries, members, chunks = rows * cut.group, len(run.members), run.end - run.begin
-    if members < _MANY_MEMBERS and queries > _FILL_QUERIES * members:
-        return False
-    return 2 * chunks >= cut.units or members * chunks >= 2 * cut.units
+def _work(readers: Sequence[Reader], cut: Cut) -> StepWork:
+    queries = [reader.count * cut.group for reader in readers]
+    chunks = [(reader.first + reader.count) / cut.chunk_tokens for reader in readers]
+    return StepWork(cut.costs, cut.threads, queries, chunks, split=len(readers) < cut.units)
 
 
 def _common_chunks(tables: Sequence[np.ndarray], pages: int) -> int:

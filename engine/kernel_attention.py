@@ -8,25 +8,35 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.attention_cost import SHIPPED, AttentionCosts
 from engine.attention_plan import Cut, Reader, TaskList, plan
 from engine.block_lines import PlacedBlocks
 from engine.kernels.library import AttentionCall, AttentionTasks, Kernels
 from engine.paged_attention import PagedPool
 from engine.step_batch import StepBatch
+from engine.step_work import Threads
 
 
 class KernelAttention:
     """Implements engine.paged_attention.PagedAttention. `windows`: per layer, 0 or how many positions a row sees; `group`: query
-    heads of a KV head, by which it is judged where sharing pays."""
+    heads of a KV head; `costs`: by which it is judged where sharing pays."""
 
     def __init__(
-        self, pool: torch.Tensor, kernels: Kernels, windows: Sequence[int], *, share: bool, group: int = 1
+        self,
+        pool: torch.Tensor,
+        kernels: Kernels,
+        windows: Sequence[int],
+        *,
+        share: bool,
+        group: int = 1,
+        costs: AttentionCosts = SHIPPED,
     ) -> None:
         self._pool = PagedPool(pool)
         self._kernels = kernels
         self._windows = tuple(windows)
         self._share = share
         self._group = group
+        self._costs = costs
         self._planned: _Planned | None = None  # for the last step
 
     def step(self, batch: StepBatch) -> KernelStepAttention:
@@ -51,8 +61,17 @@ class KernelAttention:
         return _Planned(batch.blocks, int(positions[0]) + steps, by_layer, moved)
 
     def _tasks(self, batch: StepBatch, readers: Sequence[Reader], window: int) -> AttentionTasks:
-        units = -(-2 * torch.get_num_threads() // self._pool.kv_heads)
-        cut = Cut(self._kernels.chunk, self._pool.page_tokens, window, units, self._share, self._group)
+        threads = Threads(torch.get_num_threads(), self._pool.kv_heads)
+        cut = Cut(
+            self._kernels.chunk,
+            self._pool.page_tokens,
+            window,
+            threads.units,
+            self._share,
+            self._group,
+            self._costs,
+            threads,
+        )
         begins, ends = torch.zeros(2, len(batch.positions), dtype=torch.int32)
         blocks = ReaderBlocks(torch.from_numpy(batch.blocks.table), batch.blocks.starts)
         return task_arrays(plan(readers, cut), blocks, begins, ends)

@@ -9,6 +9,8 @@ from typing import assert_never
 import torch
 
 from engine.announcements import Announcement, Announcer
+from engine.attention_cost import SHIPPED
+from engine.attention_fit import KvShape, fitted_costs
 from engine.blend_chunks import BlendChunks
 from engine.blend_jobs import BlendJobs
 from engine.block_tables import BlockCopy, BlockTables
@@ -300,5 +302,9 @@ def _attention(model: LoadedModel, memory: KvMemory, engine: EngineConfig) -> Pa
         return TorchAttention(memory.pool, model.spec.windows)
     if model.kernels is None:
         return device_attention(memory.pool, Geometry.of(model.decoder))
-    spec, share = model.spec, engine.shared_prefix_attention
-    return KernelAttention(memory.pool, model.kernels, spec.windows, share=share, group=spec.heads // spec.kv_heads)
+    spec, kernels, layout = model.spec, model.kernels, model.layout
+    share = engine.shared_prefix_attention and not all(spec.windows) and not kernels.chunk % layout.page_tokens
+    shape = KvShape(layout.kv_heads, layout.head_dim, layout.page_tokens, memory.pool.dtype)
+    costs = fitted_costs(kernels, shape) if share else SHIPPED
+    group = spec.heads // spec.kv_heads
+    return KernelAttention(memory.pool, kernels, spec.windows, share=share, group=group, costs=costs)

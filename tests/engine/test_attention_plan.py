@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention_plan import MOST_SHARED_ROWS, Cut, Reader, Run, pays, plan, shared_runs
+from engine.attention_cost import SHIPPED
+from engine.attention_plan import MOST_SHARED_ROWS, Cut, Reader, plan, shared_runs
+from engine.step_work import Threads
 
 CHUNK, PAGE = 64, 16
 PAGES = CHUNK // PAGE
@@ -58,9 +61,12 @@ def test_every_row_reads_every_chunk_that_it_sees_once_and_in_order(
     assert not read
 
 
-CUTS = st.builds(
-    Cut, st.just(CHUNK), st.just(PAGE), units=st.sampled_from([1, 2, 4, 8]), group=st.sampled_from([1, 3, 4, 8, 16])
-)
+def cut_of(threads: int, kv_heads: int, group: int = 1) -> Cut:
+    on = Threads(threads, kv_heads)
+    return Cut(CHUNK, PAGE, units=on.units, group=group, threads=on)
+
+
+CUTS = st.builds(cut_of, st.sampled_from([1, 2, 4, 16]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3, 4, 8, 16]))
 
 
 @given(st.integers(0, 2**31), st.integers(2, 12), CUTS)
@@ -79,24 +85,22 @@ def test_rows_of_a_task_hold_the_same_blocks_and_see_all_their_keys(seed: int, s
 
 
 @given(st.integers(0, 2**31), st.integers(2, 12), CUTS)
-def test_runs_that_are_shared_pay_and_those_of_a_reader_follow_each_other_from_its_first_chunk(
-    seed: int, size: int, cut: Cut
-) -> None:
+def test_shared_runs_of_a_reader_follow_each_other_from_its_first_chunk(seed: int, size: int, cut: Cut) -> None:
     readers = forest(random.Random(seed), size)
     shared_to = dict.fromkeys(range(size), 0)
     for run in shared_runs(readers, cut):
-        assert pays(run, sum(readers[member].count for member in run.members), cut)
+        assert len(run.members) > 1
         for member in run.members:
             assert shared_to[member] == run.begin < run.end
             shared_to[member] = run.end
 
 
 @given(st.integers(0, 2**31), st.integers(2, 12))
-def test_decoding_rows_share_every_chunk_that_two_of_them_hold_where_threads_are_few(seed: int, size: int) -> None:
+def test_decoding_rows_share_every_chunk_that_two_of_them_hold_on_one_thread(seed: int, size: int) -> None:
     source = random.Random(seed)
     readers = [Reader(row, 1, each.first, each.blocks) for row, each in enumerate(forest(source, size))]
     shared = dict.fromkeys(range(size), 0)
-    for run in shared_runs(readers, Cut(CHUNK, PAGE, units=2, group=8)):
+    for run in shared_runs(readers, cut_of(1, 1)):
         shared.update(dict.fromkeys(run.members, run.end))
     for index, reader in enumerate(readers):
         others = [each for each in readers if each is not reader]
@@ -112,78 +116,70 @@ def common_chunks(one: Reader, other: Reader) -> int:
     return chunks
 
 
-# (members, rows of each, shared chunks, units, group) -> whether sharing was measured to be no slower.
+# (members, rows of each, shared chunks, threads, KV heads, group) -> whether sharing was measured to be faster.
 MEASURED = {
-    # prefills, three query heads per KV head, one unit per thread and more
-    (2, 10, 1, 2, 3): True,
-    (2, 12, 1, 2, 3): False,
-    (2, 16, 1, 2, 3): False,
-    (3, 16, 1, 2, 3): False,
-    (4, 16, 1, 2, 3): True,
-    (32, 16, 4, 2, 3): True,
-    # four and eight query heads: as many queries in fewer rows
-    (2, 8, 1, 1, 4): True,
-    (2, 12, 1, 1, 4): False,
-    (4, 12, 1, 1, 4): True,
-    (2, 4, 1, 2, 8): True,
-    (2, 6, 1, 2, 8): False,
-    # decode: always, but for one chunk of few members on twice as many threads as KV heads
-    (2, 1, 1, 1, 3): True,
-    (2, 1, 1, 2, 3): True,
-    (2, 1, 1, 4, 8): False,
-    (2, 1, 2, 4, 8): True,
-    (8, 1, 1, 4, 8): True,
+    # prefills: the more members and queries, the fewer vectors and copies of keys are saved
+    (2, 12, 1, 1, 4, 3): True,
+    (32, 16, 4, 4, 4, 3): True,
+    (4, 10, 2, 4, 4, 3): True,
+    (2, 8, 1, 1, 4, 8): False,
+    (6, 16, 1, 4, 4, 3): False,
+    # decode, and few queries that become many, whose keys are waited for
+    (2, 1, 1, 1, 4, 3): True,
+    (8, 1, 1, 4, 4, 3): True,
+    (2, 2, 2, 1, 4, 3): False,
+    # threads without work
+    (2, 1, 1, 8, 1, 8): False,
+    (16, 1, 8, 8, 1, 8): True,
 }
 
 
 @pytest.mark.parametrize(("shape", "wanted"), MEASURED.items())
-def test_only_what_was_measured_to_be_no_slower_is_shared(shape: tuple[int, int, int, int, int], wanted: bool) -> None:
-    members, rows, chunks, units, group = shape
-    cut = Cut(CHUNK, PAGE, units=units, group=group)
-    assert pays(Run(tuple(range(members)), 0, chunks), members * rows, cut) is wanted
+def test_only_what_was_measured_to_be_faster_is_shared(
+    shape: tuple[int, int, int, int, int, int], wanted: bool
+) -> None:
+    members, rows, chunks, threads, kv_heads, group = shape
     shared = np.arange(chunks * PAGES)
     readers = [
         Reader(rows * i, rows, chunks * CHUNK, np.append(shared, [1000 + i]).astype(np.int32)) for i in range(members)
     ]
-    together = [task for task in plan(readers, cut).members if len(task) > 1]
+    together = [task for task in plan(readers, cut_of(threads, kv_heads, group)).members if len(task) > 1]
     assert bool(together) is wanted
-
-
-def test_the_rows_of_a_mixed_step_are_judged_together() -> None:
-    cut = Cut(CHUNK, PAGE, group=3)
-    assert pays(Run((0, 1), 0, 1), 1 + 16, cut)
-    assert not pays(Run((0, 1), 0, 1), 11 + 16, cut)
 
 
 @pytest.mark.parametrize(("group", "rows"), [(3, 16), (8, 12), (16, 6)])
 def test_members_that_fill_panels_by_themselves_leave_the_others_to_share(group: int, rows: int) -> None:
-    shared = np.arange(PAGES)
+    shared, cheap = np.arange(PAGES), replace(SHIPPED, read_many=0.0, task=0.0, partial=0.0)
     for count, wanted in ((rows, 5), (rows + 1, 4)):
         counts = [1, 1, 1, 1, count]
         readers = [
             Reader(i, counted, CHUNK, np.append(shared, [100 + i, 200 + i]).astype(np.int32))
             for i, counted in enumerate(counts)
         ]
-        (run,) = shared_runs(readers, Cut(CHUNK, PAGE, group=group))
+        (run,) = shared_runs(readers, Cut(CHUNK, PAGE, group=group, costs=cheap))
         assert len(run.members) == wanted
 
 
 def test_chunks_that_do_not_pay_for_all_are_shared_by_those_who_share_more() -> None:
-    """Three prompts over one chunk, two of them over another one: on many threads a chunk of three is too little."""
-    trunk, branch = list(range(PAGES)), list(range(100, 100 + PAGES))
-    tables = [[*trunk, *branch, 1000], [*trunk, *branch, 1001], [*trunk, *range(200, 200 + PAGES), 1002]]
-    readers = [Reader(i, 1, 2 * CHUNK, np.array(table, dtype=np.int32)) for i, table in enumerate(tables)]
-    assert list(shared_runs(readers, Cut(CHUNK, PAGE, units=4))) == [Run((0, 1), 0, 2)]
-    assert list(shared_runs(readers, Cut(CHUNK, PAGE, units=2))) == [Run((0, 1, 2), 0, 1), Run((0, 1), 1, 2)]
+    """Three prompts over one chunk, two of them over seven more: one chunk leaves seven of eight threads without work."""
+    trunk, branch = list(range(PAGES)), list(range(100, 100 + 7 * PAGES))
+    tables = [[*trunk, *branch, 1000], [*trunk, *branch, 1001], [*trunk, *range(200, 200 + 7 * PAGES), 1002]]
+    readers = [Reader(i, 1, 8 * CHUNK, np.array(table, dtype=np.int32)) for i, table in enumerate(tables)]
+    few, many = cut_of(1, 1), cut_of(8, 1)
+    assert [(run.members, run.begin, run.end) for run in shared_runs(readers, few)] == [
+        ((0, 1, 2), 0, 1),
+        ((0, 1), 1, 8),
+    ]
+    assert [(run.members, run.begin) for run in shared_runs(readers, many)] != [((0, 1, 2), 0)]
 
 
-@pytest.mark.parametrize(("units", "tasks_of_prefix"), [(1, 1), (2, 1), (4, 3)])
+@pytest.mark.parametrize(("threads", "tasks_of_prefix"), [(1, 1), (2, 3), (4, 3)])
 def test_the_chunks_of_a_prefix_are_tasks_of_their_own_where_threads_outnumber_kv_heads(
-    units: int, tasks_of_prefix: int
+    threads: int, tasks_of_prefix: int
 ) -> None:
     shared = np.arange(3 * PAGES)
-    readers = [Reader(i, 1, 3 * CHUNK, np.append(shared, [100 + i]).astype(np.int32)) for i in range(8)]
-    tasks = plan(readers, Cut(CHUNK, PAGE, units=units))
+    readers = [Reader(i, 1, 3 * CHUNK, np.append(shared, [100 + i]).astype(np.int32)) for i in range(32)]
+    tasks = plan(readers, cut_of(threads, 1))
     assert sum(len(members) > 1 for members in tasks.members) == tasks_of_prefix
 
 
