@@ -76,6 +76,7 @@ def test_no_bit_depends_on_what_was_fitted(kernels: Kernels) -> None:
     [
         ("llama", {}, True),
         ("llama", {"shared_prefix_attention": False}, False),
+        ("mistral-window", {}, False),  # every layer has one
         ("llama", {"kernels": "torch"}, False),
         ("llama", {"block_tokens": 80}, False),  # a chunk's borders lie inside blocks
     ],
