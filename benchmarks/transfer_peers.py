@@ -37,6 +37,7 @@ NOTES = (
     "our transports without the hand-off's protocol and checksums, as the peers have none",
     "over tcp: UCX_TLS=tcp and the same UCX settings (our profile tcp) on both sides, for NIXL too; a socket for each network device "
     "of the host with NIXL (two where there is one beside the loopback), four with ours, as the drivers have it by default",
+    "tcp: our transport of plain sockets, two and their threads, which profile tcp takes by itself",
 )
 
 
@@ -181,7 +182,8 @@ def figures(case: str, taken: Mapping[str, Samples]) -> Iterator[Measurement]:
             idle = ("decode step without a transfer", taken["nothing"].step_ms)
             yield compare(f"{case}: {name}, decode step meanwhile", "ms", samples.step_ms, idle, "lower")
     yield from against(case, taken, "ucx", ("NIXL READ", "NIXL WRITE", "NIXL driver"))
-    yield from against(case, taken, "ucx over tcp", ("NIXL READ over tcp", "NIXL WRITE over tcp", "Mooncake over tcp"))
+    for ours in ("tcp", "ucx over tcp"):
+        yield from against(case, taken, ours, ("NIXL READ over tcp", "NIXL WRITE over tcp", "Mooncake over tcp"))
 
 
 def against(case: str, taken: Mapping[str, Samples], ours: str, peers: Sequence[str]) -> Iterator[Measurement]:

@@ -96,7 +96,9 @@ class EngineConfig(Section):
 
 
 class TransferConfig(Section):
-    transport: TransportName = Field(default="auto", description="auto = ucx where ucxx imports, else tcp; never nixl.")
+    transport: TransportName = Field(
+        default="auto", description="auto = ucx where ucxx imports, else tcp; tcp with profile tcp; never nixl."
+    )
     profile: Literal["host", "tcp", "rdma"] = Field(
         default="host", description="UCX settings: same host, TCP between hosts, or left to UCX (RDMA)."
     )

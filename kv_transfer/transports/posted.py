@@ -48,14 +48,15 @@ class PostedReceives:
         self._waiting[tag] = receive
         return receive
 
-    def abandon(self, receive: PostedReceive) -> None:
-        """The receiver was cancelled. Where the message has not begun to come, its tag is remembered."""
+    def abandon(self, receive: PostedReceive) -> bool:
+        """The receiver was cancelled. True where the message has not begun to come: its tag is remembered."""
         if self._waiting.get(receive.tag) is not receive:
-            return
+            return False
         del self._waiting[receive.tag]
         self._abandoned[receive.tag] = None
         if len(self._abandoned) > _MAX_ABANDONED:
             self._abandoned.popitem(last=False)
+        return True
 
     def take(self, tag: int) -> PostedReceive | None:
         """The receive that waits for `tag`; it is not waiting any more."""

@@ -362,14 +362,14 @@ class TestTcpFrames:
         hello = secrets.token_bytes(16)
         accepted: asyncio.Future[Connection] = loop.create_future()
         pair._accepted[hello] = accepted
-        await loop.sock_sendall(sock, hello + b"PDKV")
+        await loop.sock_sendall(sock, hello + b"PDKV" + struct.pack("<16sBB", secrets.token_bytes(16), 0, 1))
         async with asyncio.timeout(30):
             return sock, await accepted
 
 
 async def test_auto_is_a_real_transport_and_an_unknown_name_is_refused() -> None:
     assert resolve("auto") in ("ucx", "tcp")
-    assert resolve("tcp") == "tcp"
+    assert resolve("tcp") == resolve("auto", "tcp") == "tcp"
     with pytest.raises(ConfigInvalid, match="carrier-pigeon"):
         open_transport("carrier-pigeon", CONFIG, "127.0.0.1")
 
