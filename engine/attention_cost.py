@@ -22,6 +22,7 @@ class AttentionCosts:
     all of so many. More (many) take `copy` per chunk, `vector` for each of their vectors and `query` for each of them.
     Both are of keys in the caches; the first to read them takes `read_few` or `read_many` more.
     `task`: of each task; `partial`: of each query's result that is merged with others.
+    More than `cached_chunks` (of all KV heads) do not stay in the caches: of so many everyone is the first to read them.
     """
 
     lanes: int
@@ -34,6 +35,7 @@ class AttentionCosts:
     read_many: float
     task: float
     partial: float
+    cached_chunks: int = 15
 
     @property
     def most_few(self) -> int:

@@ -91,7 +91,7 @@ class StepWork:
         alone_s = chunks * sum(self._rates[member] for member in members) * self._threads.kv_heads / self._threads.count
         unsure = coarse or self._becomes_many(members)
         least_gain_s = (_LEAST_UNSURE_GAIN if unsure else _LEAST_GAIN) * alone_s
-        if self._seconds - least_s < least_gain_s:
+        if self._seconds + self._reread_s(members, chunks) - least_s < least_gain_s:
             self._used -= 2
             self._unit_s[where], self._counts[where] = before
             return None
@@ -109,6 +109,13 @@ class StepWork:
         if end == 1 or self._threads.count == 1:
             return [1]
         return [end] if sum(self._queries[member] for member in members) <= self._costs.panel else [1, end]
+
+    def _reread_s(self, members: Sequence[int], chunks: int) -> float:
+        """What members beyond the first one wait for memory when they read so many chunks one after the other."""
+        if chunks <= self._costs.cached_chunks:
+            return 0.0
+        reads_s = sum(self._costs.read_s(self._queries[member]) for member in members[1:])
+        return chunks * reads_s * self._threads.kv_heads / self._threads.count
 
     def _becomes_many(self, members: Sequence[int]) -> bool:
         queries = [self._queries[member] for member in members]

@@ -111,3 +111,13 @@ def test_a_short_run_does_not_pay_where_it_cuts_long_tails_into_many_chunks() ->
     costs = replace(SHIPPED, task=2e-6)
     assert work_of(costs, Threads(), 2, 2, 1).shared((0, 1), 0, 1) is not None
     assert work_of(costs, Threads(), 2, 2, 1, own=40.0).shared((0, 1), 0, 1) is None
+
+
+def test_few_rows_share_what_does_not_stay_in_the_caches_and_read_by_themselves_what_does() -> None:
+    """Four decoding rows of three queries each, where what they multiply together takes as long as by themselves."""
+    costs = replace(SHIPPED, few=(10e-6, 12e-6, 25e-6), read_few=14e-6, read_many=28e-6, cached_chunks=15)
+    members, threads = (0, 1, 2, 3), Threads(1, 4)
+    assert work_of(costs, threads, 4, 3, 15).shared(members, 0, 15) is None
+    assert work_of(costs, threads, 4, 3, 16).shared(members, 0, 16) == Run(members, 0, 16, whole=True)
+    roomy = replace(costs, cached_chunks=100)
+    assert work_of(roomy, threads, 4, 3, 16).shared(members, 0, 16) is None
